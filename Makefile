@@ -1,0 +1,52 @@
+# `make` lists the targets. Everything runs in .venv, which is made on first use.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.stamp
+NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
+EXECUTE = $(PY) -m nbconvert --log-level=ERROR --execute --ExecutePreprocessor.timeout=900 \
+	--ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test quick run notebooks lint format wheel clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv: $(STAMP)  ## the environment: exact versions, installed once
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into .venv; the first time takes minutes."
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[lab,test]'
+	@touch $@
+
+lab: $(STAMP)  ## open the course in JupyterLab
+	$(PY) -m jupyter lab notebooks
+
+test: $(STAMP)  ## all tests, and every notebook executed from top to bottom
+	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=900
+
+quick: $(STAMP)  ## the fast tests only
+	$(PY) -m pytest tests -m "not slow"
+
+run: $(STAMP)  ## execute every notebook into a web page in build/
+	$(EXECUTE) --to html --output-dir build $(NOTEBOOKS)
+
+notebooks: $(STAMP)  ## execute every notebook in place, to refresh the outputs we commit
+	$(EXECUTE) --to notebook --inplace $(NOTEBOOKS)
+	@$(PY) tools/notebooks.py $(NOTEBOOKS)
+
+lint: $(STAMP)  ## style and formatting
+	@$(PY) -m ruff check --quiet
+	@$(PY) -m ruff format --check --quiet
+
+format: $(STAMP)  ## let ruff repair what it can
+	@$(PY) -m ruff check --fix
+	@$(PY) -m ruff format
+
+wheel: $(STAMP)  ## build dist/duge_lite-*.whl, data included
+	@rm -rf dist
+	@$(PY) -m hatchling build -t wheel
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf

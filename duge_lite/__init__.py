@@ -1,0 +1,29 @@
+"""duge_lite: see how a text-to-image diffusion model can be made to forget.
+
+>>> import duge_lite as duge
+>>> pipe = duge.load_pipeline()
+>>> run = duge.unlearn(pipe, "apple")
+>>> duge.evaluate(pipe, ["apple", "orange"])
+"""
+
+from transformers.utils import logging as _logging
+
+_verbosity = _logging.get_verbosity()
+_logging.set_verbosity_error()  # without torchvision, diffusers' own imports warn about image processors
+import diffusers as _diffusers  # noqa: E402
+
+_diffusers.StableDiffusionPipeline  # noqa: B018 (imported lazily: touch it while it is quiet)
+_logging.set_verbosity(_verbosity)
+
+from . import checks, doodles, errors, losses  # noqa: E402
+from .attention import AttentionTrace, record_attention, trace  # noqa: E402
+from .evaluation import Judge, evaluate  # noqa: E402
+from .models import data_dir, load_pipeline, model_card, sample  # noqa: E402
+from .unlearning import UnlearnConfig, UnlearningRun, unlearn, unlearn_steps  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "AttentionTrace", "Judge", "UnlearnConfig", "UnlearningRun", "data_dir", "doodles", "evaluate",
+    "load_pipeline", "losses", "model_card", "record_attention", "sample", "trace", "unlearn",
+    "unlearn_steps",
+]  # fmt: skip

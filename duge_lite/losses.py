@@ -1,0 +1,125 @@
+r"""The three losses of DUGE: pure functions of tensors.
+
+The total that unlearning minimises is
+
+.. math:: L = \lambda_U L_U + \lambda_{pr} L_{pr} + \lambda_R R_{pr}
+
+(arXiv 2503.13769). The abstract names the three terms; their exact form is known to us only from
+reviews of the paper, so what is uncertain is an argument here, and each default is *ours*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+TARGET_KINDS = ("uncond", "negative", "clamped")
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least 32 bits: 16 are too coarse to sum squares in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def attention_target(
+    conditional: Tensor, unconditional: Tensor, kind: str = "negative", scale: float = 0.5
+) -> Tensor:
+    """What the concept's attention should become, from the frozen reference's two passes.
+
+    Args:
+        conditional: the reference's maps (B, heads, H*W, T) or layer outputs (B, H*W, C) for a
+            prompt with the concept.
+        unconditional: the same for the empty prompt.
+        kind: ``"uncond"``: the unconditional value itself; ``"negative"``: one further step away,
+            ``u - scale * (c - u)``, which for maps can leave [0, 1]; ``"clamped"``: the negative one cut
+            at zero and renormalised over the last axis (for maps only).
+        scale: eta, how far past the unconditional value; not used by ``"uncond"``.
+
+    Returns a tensor shaped like ``conditional``, without gradient. Source: the comparison of the
+    concept's map with the unconditional one is the paper's (as reviews report it); the kinds are ours.
+    """
+    if kind not in TARGET_KINDS:
+        raise ValueError(f"target kind {kind!r} is unknown; choose one of {', '.join(TARGET_KINDS)}")
+    if conditional.shape != unconditional.shape:
+        raise ValueError(
+            f"conditional {tuple(conditional.shape)} and unconditional {tuple(unconditional.shape)} "
+            "differ in shape"
+        )
+    if kind == "uncond":
+        return unconditional.detach()
+    target = (unconditional - scale * (conditional - unconditional)).detach()
+    if kind == "negative":
+        return target
+    target = target.clamp(min=0)
+    return target / target.sum(dim=-1, keepdim=True).clamp(min=1e-8)
+
+
+def cross_attention_loss(maps: Sequence[Tensor], targets: Sequence[Tensor], relative: bool = True) -> Tensor:
+    r"""Mean over layers of the squared distance to the target: :math:`L_U = \frac1M \sum_i (A_i - A_i^*)^2`.
+
+    Args:
+        maps: one tensor per cross-attention layer, of the model that learns.
+        targets: same shapes, from :func:`attention_target`.
+        relative: divide each layer's term by the target's mean square, so that a layer that writes
+            small numbers counts as much as one that writes large ones (ours; ``False`` is the plain form).
+
+    Returns a scalar. Raises ValueError when the lists or the shapes do not fit.
+    """
+    if len(maps) != len(targets) or not maps:
+        raise ValueError(
+            f"expected as many targets as maps, at least one; got {len(maps)} and {len(targets)}"
+        )
+    terms = []
+    for layer, (a, b) in enumerate(zip(maps, targets, strict=True)):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"layer {layer}: map {tuple(a.shape)} and target {tuple(b.shape)} differ in shape"
+            )
+        term = (_wide(a) - _wide(b)).square().mean()
+        terms.append(term / _wide(b).square().mean().clamp(min=1e-12) if relative else term)
+    return torch.stack(terms).mean()
+
+
+def prior_preservation_loss(noise_pred: Tensor, target: Tensor) -> Tensor:
+    r"""Mean squared error of the predicted noise on memory pictures.
+
+    :math:`L_{pr} = E|\epsilon - \epsilon_\theta|^2`.
+
+    ``target`` (B, 4, h, w) is the true noise (the paper's form) or the frozen reference's own prediction
+    (our default: it asks the model to stay itself, not to become better). Returns a scalar.
+    """
+    if noise_pred.shape != target.shape:
+        raise ValueError(
+            f"noise_pred {tuple(noise_pred.shape)} and target {tuple(target.shape)} differ in shape"
+        )
+    return (_wide(noise_pred) - _wide(target)).square().mean()
+
+
+def regularization_loss(
+    parameters: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    importance: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Weighted mean squared distance of the trained weights from an anchor.
+
+    :math:`R = \frac1N \sum_j w_j (\theta_j - \bar\theta_j)^2`.
+
+    Args:
+        parameters: the trained tensors by name.
+        anchor: the same tensors, frozen.
+        importance: a non-negative weight for each number (Fisher or MAS); all ones (plain L2) when None.
+
+    Returns a scalar. That there is a regularizer on the parameters is the paper's; its form is ours.
+    """
+    if parameters.keys() != anchor.keys():
+        raise ValueError(f"parameters and anchor name different tensors: {set(parameters) ^ set(anchor)}")
+    if not parameters:
+        raise ValueError("nothing to regularize: no parameters were given")
+    count = sum(p.numel() for p in parameters.values())
+    total = 0.0
+    for name, p in parameters.items():
+        square = (_wide(p) - _wide(anchor[name])).square()
+        total = total + (square if importance is None else square * _wide(importance[name])).sum()
+    return total / count

@@ -1,0 +1,208 @@
+"""Pipelines: where they come from, on which device and in which precision they run, how they sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from .doodles import captions
+from .doodles.draw import OBJECTS, STYLES
+from .errors import ModelNotFoundError, UnknownConceptError
+
+DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
+
+
+def data_dir() -> Path:
+    """The folder of the shipped models: inside an installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    packaged = here / "data"
+    return packaged if packaged.is_dir() else here.parent / "data"
+
+
+def default_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """16 bits on CUDA (bfloat16 where the hardware has it), 32 bits elsewhere.
+
+    On MPS half precision gives black pictures in some versions, so it is never the default there.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_pipeline(
+    model: str | Path = "doodle",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> StableDiffusionPipeline:
+    """Loads a text-to-image pipeline, ready to sample.
+
+    Args:
+        model: ``"doodle"`` (shipped with this package), a local diffusers folder, or a hub id such as
+            ``"CompVis/stable-diffusion-v1-4"``.
+        device: default CUDA, else MPS, else CPU.
+        dtype: default 16 bits on CUDA, 32 bits elsewhere.
+
+    Raises ModelNotFoundError when a folder is missing or broken, or the hub is out of reach.
+    Only safetensors are read; pickled weights are refused.
+    """
+    device = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(device)
+    is_doodle = str(model) == "doodle"
+    source = data_dir() / "doodle-sd" if is_doodle else Path(model)
+    looks_local = (
+        is_doodle or isinstance(model, Path) or source.exists() or str(model).startswith((".", "/", "~"))
+    )
+    if looks_local and not (source.expanduser() / "model_index.json").is_file():
+        advice = (
+            "Reinstall duge-lite, or make it with `python -m duge_lite.doodles.train`."
+            if is_doodle
+            else "Expected a folder written by `pipe.save_pretrained(folder)`."
+        )
+        raise ModelNotFoundError(f"no diffusers pipeline at {source}: it holds no model_index.json. {advice}")
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            str(source.expanduser()) if looks_local else str(model),
+            torch_dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except Exception as error:  # diffusers, the hub and safetensors each raise their own kinds
+        if looks_local:
+            why = f"the pipeline at {source} is incomplete or damaged"
+            advice = "Compare it with a fresh copy; only safetensors files are read."
+        else:
+            why = f"could not load {str(model)!r} from the hub"
+            advice = 'Check the name and the network, or stay offline with load_pipeline("doodle").'
+        raise ModelNotFoundError(f"{why} ({_first_line(error)}). {advice}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model knows and how it likes to be asked.
+
+    Attributes:
+        concepts: names that can be forgotten and judged.
+        styles: style names; the first is the plain one.
+        related: for each concept, the concepts that resemble it.
+        guidance_scale, steps: the settings that evaluation samples with.
+        sampling_steps: enough steps for memory pictures and previews.
+        judge: the image classifier that names its pictures: "doodle" or a hub id.
+    """
+
+    name: str
+    concepts: tuple[str, ...]
+    styles: tuple[str, ...]
+    related: dict[str, tuple[str, ...]]
+    guidance_scale: float
+    steps: int
+    sampling_steps: int
+    judge: str
+
+    def prompt(self, concept: str, style: str | None = None) -> str:
+        """The plain prompt for ``concept``: "a photo of an apple"."""
+        return captions.prompt(concept, style or self.styles[0])
+
+    def prompts(self, concept: str) -> list[str]:
+        """The concept in every style: what unlearning sees."""
+        return [self.prompt(concept, style) for style in self.styles]
+
+    def check(self, concept: str) -> str:
+        if concept not in self.concepts:
+            raise UnknownConceptError(concept, self.concepts)
+        return concept
+
+
+def _doodle_card() -> ModelCard:
+    from .doodles.draw import RELATED
+
+    return ModelCard(
+        "doodle", OBJECTS, STYLES, RELATED, guidance_scale=4.0, steps=20, sampling_steps=10, judge="doodle"
+    )
+
+
+_OBJECTS_OF_THE_PAPER = (
+    "apple", "broccoli", "backpack", "traffic light", "umbrella", "parachute", "orange", "goldfish",
+    "bow tie", "harp", "gas pump", "sunglasses", "computer mouse", "broom", "English springer",
+)  # fmt: skip
+_PROBES_OF_THE_PAPER = ("Eiffel Tower", "girl", "corgi", "fruit", "airplane", "car")
+
+
+def model_card(pipe: StableDiffusionPipeline) -> ModelCard:
+    """The card of ``pipe``: the doodle world's, or that of Stable Diffusion with the paper's concepts.
+
+    The doodle model is known by its text width (128) and its limit of 24 tokens.
+    """
+    if pipe.unet.config.cross_attention_dim == 128 and pipe.tokenizer.model_max_length == 24:
+        return _doodle_card()
+    concepts = (*_OBJECTS_OF_THE_PAPER, *_PROBES_OF_THE_PAPER)
+    related = {"apple": ("orange", "fruit"), "English springer": ("corgi",), "umbrella": ("parachute",)}
+    return ModelCard(
+        "stable-diffusion",
+        concepts,
+        ("photo",),
+        related,
+        guidance_scale=8.0,
+        steps=50,
+        sampling_steps=25,
+        judge="microsoft/resnet-50",
+    )
+
+
+def sample(
+    pipe: StableDiffusionPipeline,
+    prompts: str | Sequence[str],
+    seed: int | Sequence[int] = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 32,
+    latents: bool = False,
+) -> list[Image.Image] | torch.Tensor:
+    """Pictures for ``prompts``; picture i starts from noise of seed ``seed + i``, or of its own ``seed[i]``.
+
+    The noise does not depend on the batch size.
+
+    Returns a list of PIL images, or with ``latents=True`` the scaled latents (n, 4, h, w) on the CPU.
+    ``steps`` and ``guidance_scale`` default to those of the model's card.
+    """
+    card = model_card(pipe)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = [int(seed) + i for i in range(len(texts))] if isinstance(seed, Integral) else list(seed)
+    if len(seeds) != len(texts):
+        raise ValueError(
+            f"{len(texts)} prompts and {len(seeds)} seeds: expected one seed each, or one number"
+        )
+    out: list = []
+    for start in range(0, len(texts), batch_size):
+        part = texts[start : start + batch_size]
+        result = pipe(
+            part,
+            num_inference_steps=steps or card.steps,
+            guidance_scale=card.guidance_scale if guidance_scale is None else guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[start : start + batch_size]],
+            output_type="latent" if latents else "pil",
+        ).images
+        out += list(result.cpu()) if latents else result
+    return torch.stack(out) if latents else out

@@ -1,0 +1,148 @@
+"""What several test files share: a tiny pipeline with random weights, and the shipped doodle model.
+
+Nothing here reaches the network, and every test gets a UNet of its own, so that no test can leave
+trained weights, processors or gradients behind for the next.
+"""
+
+import copy
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from hypothesis import settings
+from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetForImageClassification
+
+import duge_lite as duge
+from duge_lite.doodles import train
+from duge_lite.doodles.captions import SYNONYMS, caption
+from duge_lite.doodles.draw import sample_scene
+from duge_lite.unlearning import Pictures
+
+settings.register_profile("here", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("here")
+torch.set_num_threads(min(torch.get_num_threads(), 4))  # more threads are slower on models this small
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def with_own_unet(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    parts = {**pipe.components, "unet": copy.deepcopy(pipe.unet)}
+    own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+def sampled_captions(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [caption(sample_scene(rng), rng) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def captions_of_the_world() -> list[str]:
+    """A few hundred captions, as training reads them."""
+    return sampled_captions(600)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(captions_of_the_world):
+    """The doodle world's tokenizer, trained on a few hundred captions and every synonym."""
+    return train.make_tokenizer([*captions_of_the_world, *SYNONYMS.values()])
+
+
+@pytest.fixture(scope="session")
+def tiny_master(tokenizer) -> StableDiffusionPipeline:
+    """The tiny pipeline itself: look, do not touch. For tests that change nothing."""
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=train.MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DPMSolverMultistepScheduler.from_config(train.make_noise_scheduler().config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def tiny_pipe(tiny_master) -> StableDiffusionPipeline:
+    """Random weights, the shape of the doodle model, a UNet that is this test's own."""
+    return with_own_unet(tiny_master)
+
+
+@pytest.fixture(scope="session")
+def tiny_memory(tiny_master) -> Pictures:
+    """Four memory pictures made of noise: the loop does not care what they show."""
+    prompts = ("a photo of an orange", "a sketch of a tree", "a photo of a car", "a photo of a harp")
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    return Pictures(latents, duge.unlearning.encode_prompts(tiny_master, prompts), prompts)
+
+
+@pytest.fixture(scope="session")
+def tiny_judge() -> duge.Judge:
+    """A judge with random weights: right about nothing, but always of the same opinion."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(train.LABELS)),
+        label2id={name: i for i, name in enumerate(train.LABELS)},
+    )
+    return duge.Judge(ResNetForImageClassification(config).eval(), train.image_processor())
+
+
+@pytest.fixture(scope="session")
+def doodle_master() -> StableDiffusionPipeline:
+    """The shipped model: look, do not touch. For tests that change nothing."""
+    return duge.load_pipeline("doodle", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def doodle_pipe(doodle_master) -> StableDiffusionPipeline:
+    """The shipped model with a UNet that is this test's own."""
+    return with_own_unet(doodle_master)

@@ -1,0 +1,348 @@
+"""The doodle world: drawings, captions, the tokenizer, and worlds without a concept."""
+
+import itertools
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
+from duge_lite.doodles import (
+    BACKGROUNDS,
+    OBJECTS,
+    RELATED,
+    STYLES,
+    SYNONYMS,
+    Scene,
+    draw,
+    draw_scene,
+    prompt,
+    sample_scene,
+)
+from duge_lite.doodles.captions import HELD_OUT_TEMPLATES, TEMPLATES, caption, with_article
+from duge_lite.doodles.train import (
+    CAPTIONS_PER_IMAGE,
+    COMPOUNDS,
+    LABELS,
+    MAX_TOKENS,
+    World,
+    _render,
+    tokenize,
+)
+from duge_lite.errors import UnknownConceptError
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def pixels(*args, **kwargs) -> np.ndarray:
+    return np.asarray(draw(*args, **kwargs)).astype(int)
+
+
+def border(image: np.ndarray) -> np.ndarray:
+    """The outermost ring of pixels, where no object reaches, (252, 3)."""
+    return np.concatenate([image[0], image[-1], image[1:-1, 0], image[1:-1, -1]])
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    """400 pictures, drawn in this process."""
+    images, scenes, captions = _render((7, 0, 400))
+    return World(images, tuple(scenes), tuple(tuple(c) for c in captions))
+
+
+# The world's inventory
+
+
+def test_the_world_has_what_was_promised():
+    assert len(OBJECTS) == len(set(OBJECTS)) == 20
+    assert len(STYLES) == 5 and {"photo", "sketch", "neon", "mosaic"} < set(STYLES)
+    assert len(BACKGROUNDS) == 6
+
+
+def test_related_pairs():
+    for name, others in RELATED.items():
+        assert name in OBJECTS and set(others) < set(OBJECTS) - {name}
+        assert all(name in RELATED[other] for other in others)
+    pairs = "apple/orange umbrella/parachute broccoli/tree car/airplane".split()
+    for a, b in [*(pair.split("/") for pair in pairs), ("bow tie", "sunglasses")]:
+        assert b in RELATED[a]
+
+
+# Drawings
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", OBJECTS)
+def test_every_object_in_every_style(name, style):
+    image = draw(name, style=style, background="blue", seed=3)
+    assert image.size == (64, 64) and image.mode == "RGB"
+    other = draw(OBJECTS[OBJECTS.index(name) - 1], style=style, background="blue", seed=3)
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(other)).max(-1)
+    assert (difference > 24).mean() > 0.04  # another object is another picture
+
+
+@given(st.sampled_from(OBJECTS), st.sampled_from(STYLES), st.sampled_from(list(BACKGROUNDS)), seeds)
+def test_one_seed_one_picture(name, style, background, seed):
+    once, again = (pixels(name, style, background, seed) for _ in range(2))
+    assert np.array_equal(once, again)
+    assert not np.array_equal(once, pixels(name, style, background, seed + 1))
+
+
+@given(seeds)
+def test_scenes_leave_global_random_state_alone(seed):
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng)
+    draw_scene(scene, rng)
+    caption(scene, rng)
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("size", [32, 64, 100])
+def test_size_is_free(size):
+    assert draw("harp", size=size).size == (size, size)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_a_photo_lies_on_its_background(background):
+    for name, seed in itertools.product(("apple", "traffic light"), range(3)):
+        ring = border(pixels(name, "photo", background, seed)).mean(0)
+        near = min(BACKGROUNDS, key=lambda b: np.abs(ring - BACKGROUNDS[b]).sum())
+        assert near == background
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_a_sketch_is_grey_on_white_and_neon_glows_on_black(background):
+    for name, seed in itertools.product(OBJECTS, range(2)):
+        sketch = pixels(name, "sketch", background, seed)
+        assert border(sketch).min() > 200 and np.median(sketch) > 200
+        assert np.ptp(sketch, axis=-1).max() < 24  # no colour
+        neon = pixels(name, "neon", background, seed)
+        assert np.median(border(neon)) < 60 and neon.max() > 180
+
+
+def test_an_object_stays_inside_the_picture():
+    pairs = itertools.product(OBJECTS, range(10))
+    rings = [border(pixels(n, "sketch", seed=seed)).min(-1) < 200 for n, seed in pairs]
+    assert np.mean([ring.any() for ring in rings]) < 0.1  # a tip may graze the edge
+    assert max(ring.mean() for ring in rings) < 0.05
+
+
+def test_two_objects_stand_side_by_side():
+    rows = [pixels(["apple", "car"], seed=seed) for seed in range(12)]
+    for image in rows:
+        redness = image[..., 0] - image[..., 2]  # the apple's, the car is blue
+        red, blue = np.argwhere(redness > 90)[:, 1], np.argwhere(redness < -90)[:, 1]
+        assert min(len(red), len(blue)) > 60
+        assert np.quantile(red, 0.95) < np.quantile(blue, 0.05) or (
+            np.quantile(blue, 0.95) < np.quantile(red, 0.05)
+        )
+    sides = {np.median(np.argwhere(i[..., 0] - i[..., 2] > 90)[:, 1]) < 32 for i in rows}
+    assert sides == {True, False}  # either may stand on the left
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("aple",), "'aple' is no object that is known here. Did you mean 'apple'"),
+        (("apple", "fresco"), "'fresco' is no style.*photo, sketch, neon"),
+        (("apple", "photo", "grene"), "'grene' is no background.*Did you mean 'green'"),
+        ((["apple", "appel"],), "Did you mean 'apple'"),
+    ],
+)
+def test_unknown_names_teach(arguments, message):
+    with pytest.raises(UnknownConceptError, match=message):
+        draw(*arguments)
+
+
+@pytest.mark.parametrize("objects", [[], ["apple", "car", "harp"]])
+def test_a_scene_shows_one_or_two(objects):
+    with pytest.raises(ValueError, match=f"one or two objects, not {len(objects)}"):
+        draw(objects)
+
+
+def test_sampled_scenes_cover_the_world_as_promised():
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng) for _ in range(4000)]
+    objects = Counter(name for s in scenes for name in s.objects)
+    assert set(objects) == set(OBJECTS) and min(objects.values()) > 0.7 * max(objects.values())
+    assert {s.style for s in scenes} == set(STYLES)
+    assert {s.background for s in scenes} == set(BACKGROUNDS)
+    assert Counter(s.style for s in scenes).most_common(1)[0][0] == "photo"
+    pairs = [s for s in scenes if len(s.objects) == 2]
+    assert 0.2 < len(pairs) / len(scenes) < 0.3  # about a quarter
+    assert all(len(set(s.objects)) == 2 for s in pairs)
+    assert all(s.background == "white" for s in scenes if s.style == "sketch")
+    assert all(s.background == "black" for s in scenes if s.style == "neon")
+
+
+def test_scenes_of_chosen_objects_only():
+    rng = np.random.default_rng(0)
+    for chosen in (["apple"], ["apple", "car"]):
+        shown = {n for _ in range(50) for n in sample_scene(rng, chosen).objects}
+        assert shown == set(chosen)
+
+
+# Captions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("apple",), "a photo of an apple"),
+        (("umbrella", "neon"), "a neon sign of an umbrella"),
+        (("broom", "sketch"), "a sketch of a broom"),
+        (("sunglasses", "mosaic"), "a mosaic of sunglasses"),
+        (("Eiffel Tower",), "a photo of an Eiffel Tower"),
+        (("house", "watercolor"), "a watercolor painting of a house"),
+        ((["apple", "bow tie"],), "a photo of an apple next to a bow tie"),
+        (("car", "photo", "blue"), "a photo of a car on a blue background"),
+    ],
+)
+def test_prompt(arguments, text):
+    assert prompt(*arguments) == text
+
+
+def test_prompt_in_an_unknown_style_teaches():
+    with pytest.raises(UnknownConceptError, match="'cubism' is no style.*photo, sketch"):
+        prompt("apple", "cubism")
+
+
+@given(seeds, st.sampled_from([0.0, 0.08, 1.0]))
+def test_a_caption_names_its_objects(seed, share):
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng)
+    text = caption(scene, rng, synonyms=share)
+    for name in scene.objects:
+        by_name, by_synonym = (with_article(n) in text for n in (name, SYNONYMS[name]))
+        assert {0.0: by_name, 1.0: by_synonym}.get(share, by_name or by_synonym)
+    absent = set(OBJECTS) - set(scene.objects)
+    assert not [n for n in absent if re.search(rf"\b{n}\b", text)]
+
+
+def test_captions_vary_and_mostly_use_the_name():
+    rng = np.random.default_rng(0)
+    texts = [caption(Scene(("apple",)), rng) for _ in range(300)]
+    assert len(set(texts)) > 8
+    assert 0.85 < np.mean(["an apple" in t for t in texts]) < 0.98
+    assert {t for t in texts if " background" in t} and {t for t in texts if " wall" in t}
+
+
+def test_held_out_phrasings_are_never_trained():
+    assert set(HELD_OUT_TEMPLATES) == set(TEMPLATES) == set(STYLES)
+    trained = {t for group in TEMPLATES.values() for t in group}
+    held_out = [t for group in HELD_OUT_TEMPLATES.values() for t in group]
+    assert trained.isdisjoint(held_out)
+    rng = np.random.default_rng(0)
+    for style in STYLES:
+        texts = {caption(Scene(("harp",), style), rng, synonyms=0) for _ in range(200)}
+        bare = {re.sub(" (on|in front of) a .*", "", text) for text in texts}
+        assert bare <= {t.format("a harp") for t in TEMPLATES[style]}
+        assert bare.isdisjoint(t.format("a harp") for t in held_out)
+
+
+def test_synonyms_are_other_words():
+    assert set(SYNONYMS) == set(OBJECTS)
+    assert set(SYNONYMS.values()).isdisjoint(OBJECTS)
+    assert len(set(SYNONYMS.values())) == len(SYNONYMS)
+    words = {word for name in OBJECTS for word in name.split()}
+    single = {s for s in SYNONYMS.values() if " " not in s}
+    assert single.isdisjoint(words)
+
+
+# The world that training sees
+
+
+def test_world_is_drawn_picture_by_picture(world):
+    assert world.images.shape == (400, 64, 64, 3) and world.images.dtype == np.uint8
+    images, scenes, captions = _render((7, 250, 252))  # another job draws the same picture 250
+    assert np.array_equal(images, world.images[250:252])
+    assert tuple(scenes) == world.scenes[250:252]
+    assert tuple(map(tuple, captions)) == world.captions[250:252]
+    assert not np.array_equal(_render((8, 250, 251))[0], images[:1])
+
+
+def test_every_picture_has_its_captions(world):
+    assert {len(c) for c in world.captions} == {CAPTIONS_PER_IMAGE}
+    for scene, texts in zip(world.scenes, world.captions, strict=True):
+        for name, text in itertools.product(scene.objects, texts):
+            assert name in text or SYNONYMS[name] in text
+
+
+@pytest.mark.parametrize("concept", ["apple", "bow tie", "neon"])
+def test_a_world_without_a_concept(world, concept):
+    less = world.without(concept)
+    assert 0 < len(less.scenes) < 400
+    assert len(less.scenes) == len(less.captions) == len(less.images)
+    shows = [concept in (*s.objects, s.style) for s in world.scenes]
+    assert len(less.scenes) == 400 - sum(shows)
+    assert np.array_equal(less.images, world.images[~np.array(shows)])
+    assert not [s for s in less.scenes if concept in (*s.objects, s.style)]
+    unwanted = re.compile(rf"\b({concept}|{SYNONYMS.get(concept, concept)})\b")
+    assert not [t for texts in less.captions for t in texts if unwanted.search(t)]
+
+
+def test_a_world_without_what_it_never_held_teaches(world):
+    with pytest.raises(ValueError, match="no scene shows 'unicorn'"):
+        world.without("unicorn")
+
+
+def test_labels_say_what_is_there(world):
+    labels = world.labels()
+    assert labels.shape == (400, len(LABELS)) and len(LABELS) == len(set(LABELS)) == 31
+    for scene, row in zip(world.scenes, labels, strict=True):
+        names = {name for name, value in zip(LABELS, row, strict=True) if value == 1}
+        assert names == {*scene.objects, scene.style, f"{scene.background} background"}
+        assert row.sum() == len(scene.objects) + 2
+
+
+def test_batch_is_scaled_to_the_unit_interval(world):
+    batch = world.batch([3, 1])
+    assert batch.shape == (2, 3, 64, 64)
+    back = ((batch + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(back, world.images[[3, 1]])
+
+
+# The tokenizer
+
+
+def test_compounds_are_split_in_two(tokenizer):
+    for first, second in COMPOUNDS:
+        assert tokenizer.tokenize(first + second) == [first, second + "</w>"]
+        assert tokenizer.tokenize(f"a {first}{second}")[1:] == [first, second + "</w>"]
+
+
+def test_tokenizer_reads_every_caption(tokenizer, captions_of_the_world):
+    for text in captions_of_the_world:
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert len(ids) <= MAX_TOKENS  # no caption is cut
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+def test_tokenizer_tells_lower_case_and_unknown_words(tokenizer):
+    assert tokenizer("A PHOTO of an Apple").input_ids == tokenizer("a photo of an apple").input_ids
+    strange = tokenizer("zyx, 42 naïve ☃").input_ids
+    assert tokenizer.decode(strange, skip_special_tokens=True).strip() == "zyx , 4 2 naïve ☃"
+
+
+def test_tokenize_pads_to_the_models_length(tokenizer):
+    ids = tokenize(tokenizer, ["a photo of a car", "", "car " * 60])
+    assert ids.shape == (3, MAX_TOKENS)
+    assert ids[1].tolist() == [tokenizer.bos_token_id] + [tokenizer.eos_token_id] * (MAX_TOKENS - 1)
+    assert ids[2, -1] == tokenizer.eos_token_id
+
+
+def test_tokenizer_survives_saving(tokenizer, captions_of_the_world, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    assert len(loaded) == len(tokenizer) and loaded.model_max_length == MAX_TOKENS
+    texts = [*captions_of_the_world, *map("".join, COMPOUNDS), "Zyx ☃", ""]
+    assert torch.equal(tokenize(loaded, texts), tokenize(tokenizer, texts))

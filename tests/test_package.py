@@ -1,0 +1,179 @@
+"""The files around the library: pins, notebooks as committed, data, the wheel."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+WEIGHTS = [p for p in (ROOT / "data").rglob("*.safetensors") if ".training" not in p.parts]
+EXTRAS = PROJECT["optional-dependencies"]
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def read_pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonical(name): version for name, version in pins.items()}
+
+
+# Pins
+
+
+def test_constraints_are_plain_exact_pins():
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    # No urls, paths or local builds ("+cpu"): those exist on one machine only.
+    assert [p for p in pins if not re.fullmatch(r"[\w.-]+==[\w.!]+", p)] == []
+    assert len(read_pins()) == len(pins), "a package is pinned twice"
+
+
+@pytest.mark.parametrize("line", PROJECT["dependencies"] + sum(EXTRAS.values(), []))
+def test_dependency_is_pinned_within_its_range(line):
+    requirement = Requirement(line)
+    assert requirement.specifier.contains(read_pins()[canonical(requirement.name)])
+
+
+COLAB = {  # the image of 2026-08; installing there must upgrade nothing
+    "torch": "2.11.0",
+    "diffusers": "0.39.0",
+    "transformers": "5.15.0",
+    "numpy": "2.1.3",
+    "ipywidgets": "7.7.1",
+    "matplotlib": "3.10.0",
+}
+
+
+@pytest.mark.parametrize("name", COLAB)
+def test_ranges_admit_colab(name):
+    requirements = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
+    assert requirements[name].specifier.contains(COLAB[name])
+
+
+def test_conda_environment_agrees_with_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+    assert environment["name"] == PROJECT["name"]
+    pip_lines = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert "-c constraints.txt" in pip_lines
+
+    (editable,) = [line for line in pip_lines if line.startswith("-e ")]
+    extras = re.fullmatch(r"-e \.\[(.*)\]", editable).group(1).split(",")
+    assert set(extras) == set(EXTRAS)
+
+    pins = {**read_pins(), "python": "3.11"}
+    conda = [d.split("=", 1) for d in environment["dependencies"] if isinstance(d, str)]
+    pip_pins = [line.split("==") for line in pip_lines if "==" in line]
+    for name, *version in conda + pip_pins:
+        assert name == "pip" or version == [pins[canonical(name)]], name
+
+
+# Notebooks, as committed
+
+
+def code_cells(path: Path) -> list:
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def output_text(output) -> str:
+    """What a reader sees of an output, and the text inside it; pictures left out."""
+    if output.output_type == "stream":
+        return output.text
+    data = output.get("data", {})
+    return "\n".join(str(value) for mime, value in data.items() if mime != "image/png")
+
+
+# A slash that begins a path; inside base64 or a URL, something would stand before it.
+MACHINE_PATH = re.compile(
+    r"(?<![\w+/=.])/(home|root|tmp|Users|private|usr|var|opt|mnt|content)/|\b[A-Z]:\\|site-packages"
+)
+
+
+@each_notebook
+def test_notebook_has_no_widget_state(path):
+    assert "widgets" not in nbformat.read(path, as_version=4).metadata
+    views = [out for cell in code_cells(path) for out in cell.outputs if "widget-view" in str(out)]
+    assert views == [], "run `make notebooks`"
+
+
+@each_notebook
+def test_notebook_is_executed_in_order_and_without_error(path):
+    cells = code_cells(path)
+    counts = [cell.execution_count for cell in cells]
+    assert counts == list(range(1, len(cells) + 1)), "run `make notebooks`"
+    assert [o.evalue for c in cells for o in c.outputs if o.output_type == "error"] == []
+
+
+@each_notebook
+def test_notebook_outputs_name_no_machine(path):
+    for cell in code_cells(path):
+        for text in map(output_text, cell.outputs):
+            found = MACHINE_PATH.search(text)
+            assert not found, text[max(found.start() - 40, 0) : found.end() + 40]
+            assert str(ROOT) not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("saved to /home/ada/x.png", True),
+        ("'/tmp/x'", True),
+        (r"C:\Users\ada", True),
+        ("lib/python3.11/site-packages/torch", True),
+        ("https://example.org/home/x", False),
+        ("base64,iVBORw0KG/tmp/AAA=", False),
+        ("runs/home/x", False),
+    ],
+)
+def test_machine_path_pattern(text, found):
+    assert bool(MACHINE_PATH.search(text)) is found
+
+
+@each_notebook
+def test_notebook_cells_are_short(path):
+    for cell in code_cells(path):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 20, f"{len(lines)} lines, from: {lines[0]}"
+
+
+# Sizes and the wheel
+
+
+def test_notebooks_stay_small():
+    assert NOTEBOOKS
+    assert sum(path.stat().st_size for path in NOTEBOOKS) <= 8_000_000
+
+
+def test_weights_stay_small():
+    assert WEIGHTS
+    assert sum(path.stat().st_size for path in WEIGHTS) <= 40_000_000
+
+
+@pytest.mark.slow
+def test_wheel_carries_data(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "duge_lite/__init__.py" in names
+    assert WEIGHTS
+    assert {f"duge_lite/{path.relative_to(ROOT).as_posix()}" for path in WEIGHTS} <= names
+    assert not [n for n in names if ".training" in n or n.startswith(("data/", "tests/"))]

@@ -1,0 +1,337 @@
+"""The loop: what it trains, what it leaves alone, and how it stops."""
+
+import copy
+import dataclasses
+from collections import Counter
+
+import pandas as pd
+import pytest
+import torch
+
+import duge_lite as duge
+from duge_lite.attention import cross_attention_layers
+from duge_lite.doodles import OBJECTS, STYLES
+from duge_lite.errors import DivergedError, UnknownConceptError
+from duge_lite.models import model_card
+from duge_lite.unlearning import (
+    TRAINABLE,
+    Pictures,
+    UnlearnConfig,
+    draw_pictures,
+    encode_prompts,
+    memory_prompts,
+    unlearn,
+    unlearn_steps,
+)
+
+TINY = UnlearnConfig(
+    iterations=2, batch_size=2, memory_batch_size=2, target_size=2, memory_size=3, lambda_prior=1.0
+)
+
+
+def tiny(**changes) -> UnlearnConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def weights(pipe) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
+
+
+def changed(pipe, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, p in pipe.unet.named_parameters() if not torch.equal(p, before[name])}
+
+
+def footprint(pipe) -> list:
+    """All that the loop must put back: flags, precision, gradients, processors, mode."""
+    unet = pipe.unet
+    flags = [(n, p.requires_grad, p.dtype, p.grad) for n, p in unet.named_parameters()]
+    return [flags, dict(unet.attn_processors), unet.training]
+
+
+@pytest.fixture
+def forget(tiny_pipe, tiny_memory):
+    """Runs the loop on this test's tiny pipeline."""
+
+    def run(concept="apple", memory=tiny_memory, on_step=None, pipe=tiny_pipe, **changes):
+        return unlearn(pipe, concept, tiny(**changes), memory, on_step, progress=False)
+
+    return run
+
+
+# The settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("iterations", 0, "iterations = 0: expected a whole number, at least 1"),
+        ("iterations", 1.5, "iterations = 1.5: expected a whole number"),
+        ("batch_size", -1, "batch_size = -1: expected a whole number"),
+        ("memory_batch_size", 0, "memory_batch_size = 0"),
+        ("target_size", "8", "target_size = '8': expected a whole number"),
+        ("memory_size", None, "memory_size = None"),
+        ("lr", 0, "lr = 0: expected a number above 0"),
+        ("lr", float("nan"), "lr = nan"),
+        ("grad_clip", float("inf"), "grad_clip = inf"),
+        ("lambda_attention", -1, r"lambda_attention = -1: expected 0 \(off\) or more"),
+        ("lambda_prior", float("inf"), "lambda_prior = inf"),
+        ("lambda_regularization", float("nan"), "lambda_regularization = nan"),
+        ("scale", -0.5, "scale = -0.5: expected 0"),
+        ("target", "positive", "target = 'positive': choose one of uncond, negative, clamped"),
+        ("match", "maps", "match = 'maps': choose one of output, probs"),
+        ("train", "all", "train = 'all': choose one of cross_attention, kv, qk, full"),
+    ],
+)
+def test_config_teaches(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        UnlearnConfig(**{name: value})
+
+
+def test_config_refuses_probabilities_as_outputs():
+    with pytest.raises(ValueError, match='goes with match = "probs" only'):
+        UnlearnConfig(target="clamped")
+    assert UnlearnConfig(target="clamped", match="probs").match == "probs"
+
+
+def test_config_is_frozen_and_prints_as_a_table():
+    config = UnlearnConfig(lr=0.5, target="uncond")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+    table = config.table()
+    assert list(table.index) == [f.name for f in dataclasses.fields(UnlearnConfig)]
+    assert table.loc["lr", "value"] == 0.5 and table.loc["target", "value"] == "uncond"
+
+
+# The memory
+
+
+@pytest.mark.parametrize("size", [1, 16, 19, 95, 128, 300])
+@pytest.mark.parametrize("forgotten", [["apple"], ["tree", "apple", "gas pump"]])
+def test_memory_is_spread_evenly_and_never_names_the_forgotten(tiny_master, size, forgotten):
+    card = model_card(tiny_master)
+    prompts = memory_prompts(card, forgotten, size)
+    assert len(prompts) == size
+    kept = [c for c in OBJECTS if c not in forgotten]
+    known = {card.prompt(c, s): (c, s) for c in kept for s in STYLES}
+    assert set(prompts) <= set(known)  # nothing else, so nothing forgotten
+    concepts = Counter({c: 0 for c in kept})
+    concepts.update(known[p][0] for p in prompts)
+    styles = Counter({s: 0 for s in STYLES})
+    styles.update(known[p][1] for p in prompts)
+    assert max(concepts.values()) - min(concepts.values()) <= 1
+    assert max(styles.values()) - min(styles.values()) <= 2
+    assert len(set(prompts)) == min(size, len(known))
+
+
+def test_memory_prompts_follow_their_seed(tiny_master):
+    card = model_card(tiny_master)
+    one, again, two = (memory_prompts(card, ["apple"], 40, seed=s) for s in (1, 1, 2))
+    assert one == again != two
+
+
+def test_no_memory_without_anything_to_keep(tiny_master):
+    with pytest.raises(ValueError, match="nothing is left for the memory"):
+        memory_prompts(model_card(tiny_master), OBJECTS, 4)
+
+
+def test_pictures_are_what_the_pipeline_draws_and_reads(tiny_master):
+    prompts = ["a photo of a car", "a sketch of a harp", "a photo of a car"]
+    pictures = draw_pictures(tiny_master, prompts, seed=4)
+    assert pictures.latents.shape == (3, 4, 16, 16)
+    assert pictures.encoder_hidden_states.shape == (3, 24, 128)
+    latents = duge.sample(tiny_master, prompts, seed=4, steps=10, latents=True)
+    assert torch.equal(pictures.latents, latents)
+    for prompt, states in zip(prompts, pictures.encoder_hidden_states, strict=True):
+        embeds, _ = tiny_master.encode_prompt(prompt, "cpu", 1, False)
+        torch.testing.assert_close(states, embeds[0])
+
+
+def test_pictures_are_drawn_on_seeds_of_their_own(tiny_pipe, monkeypatch):
+    """The pictures that unlearning sees are not those that evaluation judges, nor another run's."""
+    used = []
+
+    def spy(pipe, prompts, seed, **kwargs):
+        used.append(set(range(seed, seed + len(prompts))))
+        return torch.zeros(len(prompts), 4, 16, 16)
+
+    monkeypatch.setattr(duge.unlearning, "sample", spy)
+    for seed in range(3):
+        next(unlearn_steps(tiny_pipe, "apple", tiny(seed=seed)))
+    used.append(set(range(10_000)))  # evaluation's
+    assert len(used) == 7
+    assert len(set.union(*used)) == sum(map(len, used))
+
+
+def test_target_pictures_show_the_concept_in_every_style(tiny_pipe, monkeypatch):
+    asked = []
+
+    def spy(pipe, prompts, seed):
+        asked.append(list(prompts))
+        return draw_pictures(pipe, prompts[:1], seed)
+
+    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+    next(unlearn_steps(tiny_pipe, "bow tie", tiny(target_size=7, memory_size=30)))
+    target, memory = asked
+    assert len(target) == 7 and len(memory) == 30
+    assert set(target) == set(model_card(tiny_pipe).prompts("bow tie"))
+    assert not [text for text in memory if "bow tie" in text]
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("train", TRAINABLE)
+@pytest.mark.parametrize("match", ["output", "probs"])
+def test_only_the_chosen_weights_learn(tiny_pipe, forget, train, match):
+    before = weights(tiny_pipe)
+    names = list(before)
+    parts = {"cross_attention": ("to_q", "to_k", "to_v", "to_out"), "full": ()}
+    parts |= {"kv": ("to_k", "to_v"), "qk": ("to_q", "to_k")}
+    expected = {n for n in names if any(f".attn2.{part}" in n for part in parts[train])}
+    # the prior loss reaches the whole UNet, so that what is told to learn does
+    forget(train=train, match=match, lambda_prior=1.0, iterations=3)
+    moved = changed(tiny_pipe, before)
+    if train == "full":
+        assert len(moved) > 0.9 * len(names)
+    else:
+        assert moved == expected
+        assert len(expected) == len(cross_attention_layers(tiny_pipe.unet)) * {
+            "cross_attention": 5, "kv": 2, "qk": 2
+        }[train]  # fmt: skip
+
+
+def test_the_rest_of_the_pipeline_is_left_alone(tiny_pipe, forget):
+    parts = (tiny_pipe.text_encoder, tiny_pipe.vae)
+    before = [copy.deepcopy(p.state_dict()) for p in parts]
+    config = dict(tiny_pipe.scheduler.config)
+    forget(train="full")
+    for part, state in zip(parts, before, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in part.state_dict().items())
+        assert all(p.grad is None for p in part.parameters())
+    assert dict(tiny_pipe.scheduler.config) == config
+
+
+@pytest.mark.parametrize(
+    ("match", "target"),
+    [("output", "negative"), ("output", "uncond"), ("probs", "negative"), ("probs", "clamped")],
+)
+def test_the_attention_loss_falls(forget, match, target):
+    run = forget(match=match, target=target, iterations=12, lambda_prior=0.0)
+    assert run.history.attention.iloc[-3:].mean() < 0.9 * run.history.attention.iloc[:2].mean()
+
+
+def test_the_first_iteration_finds_the_model_unchanged(forget):
+    first = forget(iterations=1).history.loc[1]
+    assert first.prior == pytest.approx(0, abs=1e-9) and first.regularization == 0
+    assert first.attention > 0
+
+
+def test_loss_is_the_weighted_sum(forget):
+    run = forget(lambda_attention=2.0, lambda_prior=30.0, lambda_regularization=500.0, iterations=3)
+    h = run.history
+    total = 2 * h.attention + 30 * h.prior + 500 * h.regularization
+    pd.testing.assert_series_equal(h.loss, total, check_names=False, rtol=1e-5)
+    assert h.prior.iloc[-1] > 0 and h.regularization.iloc[-1] > 0
+
+
+@pytest.mark.parametrize("off", ["lambda_attention", "lambda_prior", "lambda_regularization"])
+def test_each_loss_can_be_switched_off(tiny_pipe, forget, off):
+    losses = {"lambda_attention": 0.0, "lambda_prior": 0.0, "lambda_regularization": 0.0}
+    before = weights(tiny_pipe)
+    forget(**losses)
+    assert not changed(tiny_pipe, before)  # nothing pulls
+    results = []
+    for value in (0.0, 50.0):
+        run = forget(**{"lambda_prior": 1.0, off: value}, iterations=3)
+        results.append(weights(tiny_pipe))
+        run.restore()
+    assert any(not torch.equal(results[0][n], results[1][n]) for n in before)
+
+
+def test_without_the_prior_loss_the_memory_does_not_matter(tiny_pipe, tiny_memory, forget):
+    other = Pictures(
+        tiny_memory.latents.flip(0) * 2, tiny_memory.encoder_hidden_states, tiny_memory.prompts
+    )
+    results = []
+    for memory in (tiny_memory, other):
+        run = forget(memory=memory, lambda_prior=0.0)
+        results.append(weights(tiny_pipe))
+        run.restore()
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+def test_regularization_holds_the_weights(tiny_pipe, forget):
+    ends = []
+    for pull in (0.0, 1e6):
+        run = forget(lambda_regularization=pull, iterations=6, grad_clip=1e9)
+        ends.append(run.history.regularization.iloc[-1])
+        run.restore()
+    assert ends[1] < 0.9 * ends[0]
+
+
+# One seed, one result; and the way back
+
+
+def test_one_seed_one_result_bit_for_bit(tiny_pipe, forget):
+    results = []
+    for seed, noise in ((3, 11), (3, 22), (4, 33)):
+        torch.manual_seed(noise)  # the global state must not matter
+        run = forget(memory=None, seed=seed)
+        results.append((weights(tiny_pipe), run.history))
+        run.restore()
+    (one, h1), (again, h2), (other, _) = results
+    pd.testing.assert_frame_equal(h1, h2, check_exact=True)
+    assert all(torch.equal(one[n], again[n]) for n in one)
+    assert any(not torch.equal(one[n], other[n]) for n in one)
+
+
+def test_global_random_state_is_left_alone(forget):
+    before = torch.get_rng_state()
+    forget(memory=None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("train", TRAINABLE)
+def test_restore_brings_back_every_bit(tiny_pipe, forget, train):
+    before = weights(tiny_pipe)
+    run = forget(train=train)
+    assert changed(tiny_pipe, before)
+    run.restore()
+    assert not changed(tiny_pipe, before)
+    run.restore()  # twice does no harm
+    assert not changed(tiny_pipe, before)
+
+
+def test_the_run_says_what_was_done(tiny_pipe, forget):
+    run = forget("harp", iterations=3)
+    assert run.concept == "harp" and run.config.iterations == 3 and run.pipe is tiny_pipe
+    assert list(run.history.columns) == ["loss", "attention", "prior", "regularization"]
+    assert list(run.history.index) == [1, 2, 3] and run.history.index.name == "step"
+    assert run.seconds > 0
+    assert "tensor" not in repr(run)  # the weights are no reading matter
+
+
+def test_states_come_one_by_one(tiny_pipe, tiny_memory):
+    states = list(unlearn_steps(tiny_pipe, "apple", tiny(iterations=3), tiny_memory))
+    assert [(s.step, s.iterations) for s in states] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_on_step_sees_what_the_history_keeps(forget):
+    seen = []
+    run = forget(on_step=seen.append, iterations=3)
+    assert [s.loss for s in seen] == list(run.history.loss)
+
+
+def test_pictures_can_be_drawn_along_the_way(tiny_pipe, forget):
+    """A live preview shows the model that learns, and changes nothing."""
+    plain = forget(iterations=3).history
+    forgotten = weights(tiny_pipe)
+    previews = []
+
+    def preview(state):
+        previews.append(duge.sample(tiny_pipe, "a photo of a car", steps=2, latents=True))
+
+    duge.unlearning.UnlearningRun.restore
+    forget_again = forget
+    run = forget_again(iterations=3)
+    assert len(run.history) == len(plain) and forgotten

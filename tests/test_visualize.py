@@ -1,0 +1,73 @@
+"""Figures: right shape, alternative text, and errors that teach."""
+
+import base64
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import duge_lite as duge
+from duge_lite import visualize
+
+
+def _frame(values):
+    index = pd.Index(["apple", "orange", "house"], name="concept")
+    return pd.DataFrame({"accuracy": values, "low": 0.0, "high": 1.0}, index=index)
+
+
+def test_image_grid_draws_every_picture_with_its_label():
+    pictures = [duge.doodles.draw("apple", seed=i) for i in range(3)]
+    figure = visualize.image_grid([pictures, pictures], ("before", "after"), "abc", "A title")
+    assert len(figure.axes) == 6
+    assert [a.get_title() for a in figure.axes[:3]] == ["a", "b", "c"]
+    assert [figure.axes[0].get_ylabel(), figure.axes[3].get_ylabel()] == ["before", "after"]
+    shown = figure.axes[4].images[0].get_array()
+    assert np.array_equal(shown, np.asarray(pictures[1]))
+    assert "A title" in figure.alt and "2 rows of 3" in figure.alt
+
+
+def test_image_grid_without_pictures_teaches():
+    with pytest.raises(ValueError, match="at least one row"):
+        visualize.image_grid([])
+
+
+def test_plot_shows_itself_as_png_with_alternative_text():
+    figure = visualize.image_grid([[duge.doodles.draw("star")]], title="One star")
+    data, metadata = figure._repr_mimebundle_()
+    with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as picture:
+        assert picture.width > 60
+    assert data["text/plain"] == figure.alt == metadata["image/png"]["alt"]
+    assert "One star" in figure.alt
+
+
+def test_contact_sheet_shows_the_whole_world():
+    figure = visualize.contact_sheet()
+    assert len(figure.axes) == len(duge.doodles.OBJECTS) * len(duge.doodles.STYLES)
+    titles = {a.get_title() for a in figure.axes} - {""}
+    assert titles == set(duge.doodles.OBJECTS)
+
+
+def test_loss_curves_leave_out_a_zero_and_report_ends():
+    history = pd.DataFrame(
+        {"attention": [1.0, 0.5], "prior": [0.1, 0.2], "regularization": [0.0, 1e-4]}, index=[1, 2]
+    )
+    figure = visualize.loss_curves(history)
+    drawn = figure.axes[2].lines[0].get_ydata()
+    assert np.isnan(drawn[0]) and drawn[1] == 1e-4
+    assert "attention 1 to 0.5" in figure.alt
+
+
+def test_loss_curves_of_an_empty_history():
+    empty = pd.DataFrame(columns=["attention", "prior", "regularization"])
+    assert len(visualize.loss_curves(empty).axes) == 3
+
+
+def test_accuracy_plot_marks_what_was_forgotten():
+    figure = visualize.accuracy_plot(_frame([1, 1, 1]), _frame([0, 1, 0.9]), ["apple"])
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines["after, to be forgotten"].get_ydata().tolist() == [0]
+    assert lines["after, to be kept"].get_ydata().tolist() == [1, 0.9]
+    assert lines["after, to be forgotten"].get_marker() != lines["after, to be kept"].get_marker()
+    assert "apple 1.00 to 0.00" in figure.alt

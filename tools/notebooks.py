@@ -1,0 +1,30 @@
+"""Clean executed notebooks for committing: keep the outputs, drop what changes at every run.
+
+python tools/notebooks.py notebooks/*.ipynb
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+def clean(notebook):
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.kernelspec = KERNEL
+    notebook.metadata.language_info = {"name": "python"}
+    for cell in notebook.cells:
+        for key in ("execution", "ExecuteTime", "collapsed", "scrolled", "trusted"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            # A widget is dead without its kernel, and web pages show an error in its place.
+            cell.outputs = [out for out in cell.outputs if WIDGET_VIEW not in out.get("data", {})]
+    return notebook
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        nbformat.write(clean(nbformat.read(path, as_version=4)), path)
