@@ -23,7 +23,7 @@ from .unlearning import UnlearnConfig, UnlearningRun, unlearn, unlearn_steps  # 
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttentionTrace", "Judge", "UnlearnConfig", "UnlearningRun", "data_dir", "doodles", "evaluate",
-    "load_pipeline", "losses", "model_card", "record_attention", "sample", "trace", "unlearn",
+    "AttentionTrace", "Judge", "UnlearnConfig", "UnlearningRun", "checks", "data_dir", "doodles", "errors",
+    "evaluate", "load_pipeline", "losses", "model_card", "record_attention", "sample", "trace", "unlearn",
     "unlearn_steps",
 ]  # fmt: skip

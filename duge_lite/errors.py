@@ -11,8 +11,9 @@ class UnknownConceptError(ValueError):
 
     def __init__(self, value: str, known: Sequence[str], what: str = "concept") -> None:
         near = difflib.get_close_matches(str(value), list(known), n=1)
+        listed = [*known[:40], "..."] if len(known) > 40 else known
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        choices = ", ".join(known)
+        choices = ", ".join(listed)
         super().__init__(f"{value!r} is no {what} that is known here.{hint} Choose one of: {choices}.")
 
 

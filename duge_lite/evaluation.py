@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import AutoImageProcessor, ResNetForImageClassification
 
-from .errors import ModelNotFoundError, UnknownConceptError, UnknownConceptError
+from .errors import ModelNotFoundError, UnknownConceptError
 from .models import data_dir, model_card, sample
 
 

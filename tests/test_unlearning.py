@@ -324,14 +324,194 @@ def test_on_step_sees_what_the_history_keeps(forget):
 
 def test_pictures_can_be_drawn_along_the_way(tiny_pipe, forget):
     """A live preview shows the model that learns, and changes nothing."""
-    plain = forget(iterations=3).history
-    forgotten = weights(tiny_pipe)
-    previews = []
 
-    def preview(state):
+    def look(state=None) -> torch.Tensor:
         previews.append(duge.sample(tiny_pipe, "a photo of a car", steps=2, latents=True))
+        return previews[-1]
 
-    duge.unlearning.UnlearningRun.restore
-    forget_again = forget
-    run = forget_again(iterations=3)
-    assert len(run.history) == len(plain) and forgotten
+    previews = []
+    run = forget(iterations=3)
+    run.restore()
+    watched = forget(iterations=3, on_step=look)
+    pd.testing.assert_frame_equal(watched.history, run.history, check_exact=True)
+    assert torch.equal(previews[-1], look())
+    assert not torch.equal(previews[0], previews[1])
+
+
+# How it stops
+
+
+def test_unknown_concept_teaches_and_changes_nothing(tiny_pipe, forget):
+    before, state = weights(tiny_pipe), footprint(tiny_pipe)
+    with pytest.raises(UnknownConceptError, match="'aple' is no concept.*Did you mean 'apple'"):
+        forget("aple")
+    assert not changed(tiny_pipe, before) and footprint(tiny_pipe) == state
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["end", "break", "exception in on_step", "exception inside"])
+def test_everything_is_put_back(tiny_pipe, tiny_memory, forget, how, monkeypatch):
+    tiny_pipe.unet.conv_in.weight.requires_grad_(False)  # flags of the user's own
+    tiny_pipe.unet.down_blocks[0].attentions[0].requires_grad_(False)
+    before, state = weights(tiny_pipe), footprint(tiny_pipe)
+
+    def stop(*args):
+        raise Stop
+
+    if how == "end":
+        forget()
+    elif how == "break":
+        for _ in unlearn_steps(tiny_pipe, "apple", TINY, tiny_memory):
+            break
+    elif how == "exception in on_step":
+        with pytest.raises(Stop):
+            forget(on_step=stop)
+    else:
+        monkeypatch.setattr(duge.unlearning, "prior_preservation_loss", stop)
+        with pytest.raises(Stop):
+            forget()
+    assert footprint(tiny_pipe) == state
+    assert bool(changed(tiny_pipe, before)) == (how != "exception inside")
+
+
+def test_an_exception_while_the_reference_is_swapped_in_leaves_the_learner(tiny_pipe, tiny_memory):
+    steps = unlearn_steps(tiny_pipe, "apple", TINY, tiny_memory)
+    next(steps)
+    learned, state = weights(tiny_pipe), tiny_pipe.unet.conv_out.forward
+
+    def stop(*args):
+        raise Stop
+
+    tiny_pipe.unet.conv_out.forward = stop  # the first forward pass is the reference's
+    with pytest.raises(Stop):
+        next(steps)
+    tiny_pipe.unet.conv_out.forward = state
+    assert not changed(tiny_pipe, learned)
+
+
+def poisoned(pictures: Pictures) -> Pictures:
+    return dataclasses.replace(pictures, latents=torch.full_like(pictures.latents, float("nan")))
+
+
+def test_a_poisoned_memory_is_named_and_undone(tiny_pipe, tiny_memory, forget):
+    before, state = weights(tiny_pipe), footprint(tiny_pipe)
+    with pytest.raises(DivergedError, match="the prior loss became nan at iteration 1;.*Lower lr"):
+        forget(memory=poisoned(tiny_memory))
+    assert not changed(tiny_pipe, before) and footprint(tiny_pipe) == state
+
+
+def test_a_learning_rate_too_high_is_undone(tiny_pipe, forget):
+    before, state = weights(tiny_pipe), footprint(tiny_pipe)
+    with pytest.raises(DivergedError, match=r"at iteration [2-9];.*\(now 1e\+30\)"):
+        forget(lr=1e30, iterations=9)
+    assert not changed(tiny_pipe, before) and footprint(tiny_pipe) == state
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(tiny_pipe, forget, monkeypatch):
+    """A loss can be finite and its gradient not: the square root at zero, for one."""
+    before = weights(tiny_pipe)
+
+    def root(noise_pred, target):
+        return (noise_pred - noise_pred.detach()).square().sum().sqrt()
+
+    monkeypatch.setattr(duge.unlearning, "prior_preservation_loss", root)
+    with pytest.raises(DivergedError, match="the gradient's norm is nan at iteration 1"):
+        forget(iterations=1)
+    assert not changed(tiny_pipe, before)
+
+
+def test_the_stop_button_keeps_what_was_learned(tiny_pipe, forget):
+    before, state = weights(tiny_pipe), footprint(tiny_pipe)
+
+    def press(step):
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    run = forget(iterations=50, on_step=press)
+    assert list(run.history.index) == [1, 2]
+    stopped = changed(tiny_pipe, before)
+    assert stopped and footprint(tiny_pipe) == state
+    learned = weights(tiny_pipe)
+    run.restore()
+    assert not changed(tiny_pipe, before)
+    forget(iterations=2)
+    assert not changed(tiny_pipe, learned)  # the same as two iterations asked for
+
+
+def test_the_stop_button_inside_an_iteration(tiny_pipe, forget, monkeypatch):
+    before, state = weights(tiny_pipe), footprint(tiny_pipe)
+
+    def press(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(duge.unlearning, "regularization_loss", press)
+    run = forget()
+    assert len(run.history) == 0
+    assert not changed(tiny_pipe, before) and footprint(tiny_pipe) == state
+
+
+# Precision
+
+
+@pytest.fixture
+def bf16_pipe(tiny_pipe):
+    parts = {k: copy.deepcopy(v) for k, v in tiny_pipe.components.items()}
+    pipe = type(tiny_pipe)(**parts, requires_safety_checker=False).to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_bf16_pipeline_learns_and_stays_bf16(bf16_pipe, forget):
+    before, state = weights(bf16_pipe), footprint(bf16_pipe)
+    run = forget(pipe=bf16_pipe, memory=None)
+    assert {p.dtype for p in bf16_pipe.unet.parameters()} == {torch.bfloat16}
+    assert footprint(bf16_pipe) == state
+    assert all(".attn2." in name for name in changed(bf16_pipe, before))
+    run.restore()
+    assert not changed(bf16_pipe, before)
+
+
+def test_bf16_follows_the_path_of_fp32(bf16_pipe, tiny_memory, forget):
+    """The learner's pass must use the learner's weights, also under autocast, which caches."""
+    full = forget(iterations=6).history
+    half = forget(pipe=bf16_pipe, iterations=6).history
+    assert half.prior.iloc[1:].min() > 0
+    assert half.attention.tolist() == pytest.approx(full.attention.tolist(), rel=0.05)
+    assert half.prior.iloc[1:].tolist() == pytest.approx(full.prior.iloc[1:].tolist(), rel=0.2)
+
+
+def test_a_bf16_pipeline_is_restored_after_divergence(bf16_pipe, tiny_memory, forget):
+    before = weights(bf16_pipe)
+    with pytest.raises(DivergedError):
+        forget(pipe=bf16_pipe, memory=poisoned(tiny_memory))
+    assert not changed(bf16_pipe, before)
+
+
+# The shipped model
+
+
+@pytest.mark.slow
+def test_the_shipped_model_forgets_the_apple_and_little_else(doodle_pipe):
+    others = [name for name in OBJECTS if name != "apple"]
+    base = duge.evaluate(doodle_pipe, others, images=10)
+    run = unlearn(doodle_pipe, "apple", progress=False)
+    after = duge.evaluate(doodle_pipe, OBJECTS, images=10)
+    assert after.accuracy["apple"] <= 0.10
+    assert after.accuracy[others].mean() >= 0.90 * base.accuracy.mean()
+    assert run.seconds <= 180
+    run.restore()
+    again = duge.evaluate(doodle_pipe, ["apple", "orange"], images=10)
+    assert again.accuracy["apple"] >= 0.9
+
+
+@pytest.mark.parametrize("match", ["output", "probs"])
+def test_the_shipped_model_starts_to_forget(doodle_pipe, match):
+    prompts = ["a photo of a harp", "a photo of a car"]
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    memory = Pictures(latents, encode_prompts(doodle_pipe, prompts), tuple(prompts))
+    config = tiny(iterations=6, match=match, lambda_prior=100.0)
+    history = unlearn(doodle_pipe, "apple", config, memory, progress=False).history
+    assert history.attention.iloc[-1] < 0.8 * history.attention.iloc[0]

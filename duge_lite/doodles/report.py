@@ -1,4 +1,4 @@
-"""Measures what is in ``data/``: ``python -m duge_lite.doodles.train --report``."""
+"""What is in ``data/``: ``python -m duge_lite.doodles.train --report`` measures, ``--figures`` draws."""
 
 from __future__ import annotations
 
@@ -78,9 +78,17 @@ def zero_shot(folder: Path, images: list[Image.Image], scenes: list) -> float:
     return hits / len(single)
 
 
+def figures(out: Path) -> None:
+    """Draws the contact sheet of the data card and the README's before and after."""
+    from ..widgets import before_and_after
+
+    (out / "contact-sheet.png").write_bytes(visualize.contact_sheet().png())
+    figure, _ = before_and_after(load_pipeline(out / "doodle-sd"), "apple")
+    (out / "overview.png").write_bytes(figure.png())
+
+
 def report(out: Path, images: int = 25) -> None:
-    """Prints every number of the data card and draws its contact sheet."""
-    visualize.contact_sheet().savefig(out / "contact-sheet.png", dpi=100)
+    """Prints every number of the data card."""
     rows: list[tuple[str, float, str]] = []
     judge, (drawings, scenes) = Judge.load(out / "doodle-judge"), fresh(2000)
     for name, value in judge_accuracy(judge, drawings, scenes).items():

@@ -551,11 +551,12 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=Recipe.unet_steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--report", action="store_true", help="measure what is in OUT instead of training")
+    parser.add_argument("--figures", action="store_true", help="draw the pictures of README and data card")
     args = parser.parse_args()
-    if args.report:
-        from .report import report
+    if args.report or args.figures:
+        from .report import figures, report
 
-        report(args.out)
+        (report if args.report else figures)(args.out)
         return
     recipe = Recipe(images=args.images, unet_steps=args.unet_steps, seed=args.seed)
     started = time.time()
