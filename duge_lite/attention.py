@@ -207,7 +207,7 @@ def _warn_of_strangers(name: str, processor: object) -> None:
         warnings.warn(
             f"{name} has a processor of its own ({type(processor).__name__}): inside this block plain "
             "attention takes its place, so pictures may differ; afterwards it is put back",
-            stacklevel=5,
+            stacklevel=6,  # past two context managers: the caller's own `with`
         )
 
 
@@ -329,13 +329,13 @@ class Token:
         text: the piece of text it stands for ("back" of "backpack"); "<start>", "<end>" or "<pad>".
         word: index of the word it belongs to, None for the special positions.
         kind: "word", "start", "end" or "pad".
-        span: where the piece begins and ends in the prompt (in Unicode's NFC form).
+        span: where the piece begins and ends in the prompt (in Unicode's NFC form); None if special.
     """
 
     text: str
     word: int | None
     kind: str = "word"
-    span: tuple[int, int] = (0, 0)
+    span: tuple[int, int] | None = None
 
 
 def read_tokens(tokenizer, prompt: str) -> tuple[list[Token], list[str], str]:
@@ -352,15 +352,20 @@ def read_tokens(tokenizer, prompt: str) -> tuple[list[Token], list[str], str]:
     spans = [tuple(span) for span in read.offset_mapping]
     whole = set(tokenizer.get_added_vocab())  # tokens such as <|endoftext|> are words by themselves
     room = tokenizer.model_max_length - 2
-    tokens, words, first = [Token("<start>", None, "start")], [], 0
-    for i, (piece, (start, stop)) in enumerate(zip(pieces[:room], spans[:room], strict=True)):
-        tokens.append(Token(prompt[start:stop] or piece, len(words), span=(start, stop)))
-        ends = piece.endswith("</w>") or piece in whole
-        if ends or i + 1 == min(room, len(pieces)):
-            words.append(prompt[spans[first][0] : stop])
-            first = i + 1
+    tokens: list[Token] = []
+    starts: list[int] = []  # of the words, in the prompt
+    ended, stop = True, 0
+    for piece, (start, end) in zip(pieces[:room], spans[:room], strict=True):
+        if ended and start >= stop:  # a character never belongs to two words
+            starts.append(start)
+        tokens.append(Token(prompt[start:end] or piece, len(starts) - 1, span=(start, end)))
+        ended, stop = piece.endswith("</w>") or piece in whole, end
+    words = [
+        prompt[start : max(t.span[1] for t in tokens if t.word == word)]
+        for word, start in enumerate(starts)
+    ]
     cut = prompt[spans[room][0] :] if len(pieces) > room else ""
-    tokens.append(Token("<end>", None, "end"))
+    tokens = [Token("<start>", None, "start"), *tokens, Token("<end>", None, "end")]
     tokens += [Token("<pad>", None, "pad")] * (tokenizer.model_max_length - len(tokens))
     return tokens, words, cut
 
@@ -375,20 +380,26 @@ def find_positions(
     """Token positions of a word or phrase: :meth:`AttentionTrace.positions` without a trace."""
     prompt = unicodedata.normalize("NFC", prompt)
     chunks = unicodedata.normalize("NFC", word).split()
+    pattern = r"\s+".join(map(re.escape, chunks)) or r"(?!)"  # nothing is found by an empty word
+
+    def glued(left: int, right: int) -> bool:
+        """Whether a cut between two neighbouring tokens would go through a word's letters."""
+        a, b = tokens[left], tokens[right]
+        letters = a.span and b.span and (prompt[a.span[1] - 1] + prompt[b.span[0]]).isalnum()
+        return bool(letters and a.word == b.word)
+
     found: list[list[int]] = []
-    for match in re.finditer(r"\s+".join(map(re.escape, chunks)), prompt, re.IGNORECASE) if chunks else ():
+    for match in re.finditer(pattern, prompt, re.IGNORECASE):
         start, stop = match.span()
-        inside_a_word = any(
-            0 < edge < len(prompt) and prompt[edge - 1].isalnum() and prompt[edge].isalnum()
-            for edge in (start, stop)
-        )
-        touched = [
-            i for i, t in enumerate(tokens) if t.kind == "word" and t.span[0] < stop and t.span[1] > start
-        ]
-        whole = all(start <= tokens[i].span[0] and tokens[i].span[1] <= stop for i in touched)
-        read_to_the_end = touched and max(tokens[i].span[1] for i in touched) == stop
-        if whole and read_to_the_end and not inside_a_word:
-            found.append(touched)
+        at = [i for i, t in enumerate(tokens) if t.span and t.span[0] < stop and t.span[1] > start]
+        if (
+            at
+            and tokens[at[0]].span[0] == start
+            and max(tokens[i].span[1] for i in at) == stop
+            and not glued(at[0] - 1, at[0])
+            and not glued(at[-1], at[-1] + 1)
+        ):
+            found.append(at)
     if not found and word in ("<start>", "<end>", "<pad>"):
         found = [[i for i, t in enumerate(tokens) if t.text == word and t.kind != "word"]]
     if not found or not found[0]:
@@ -589,7 +600,7 @@ class AttentionTrace:
                 "use the duge-lite that wrote it, or make the trace again"
             )
         try:
-            tokens = [Token(**{**t, "span": tuple(t["span"])}) for t in text["tokens"]]
+            tokens = [Token(**{**t, "span": t["span"] and tuple(t["span"])}) for t in text["tokens"]]
             maps = {name: arrays[f"maps/{i}"] for i, name in enumerate(text["layers"])}
             return cls(
                 image=Image.fromarray(arrays["image"]),

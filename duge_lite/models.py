@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -75,13 +76,17 @@ def load_pipeline(
         )
         raise ModelNotFoundError(f"no diffusers pipeline at {source}: it holds no model_index.json. {advice}")
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            str(source.expanduser()) if looks_local else str(model),
-            torch_dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        with warnings.catch_warnings():  # `torch_dtype` is the name that every diffusers below 1.0 knows
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            pipe = StableDiffusionPipeline.from_pretrained(
+                str(source.expanduser()) if looks_local else str(model),
+                torch_dtype=dtype,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+        if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # transformers makes up an empty one
+            raise OSError("the tokenizer's vocabulary is missing or cut")
     except Exception as error:  # diffusers, the hub and safetensors each raise their own kinds
         if looks_local:
             why = f"the pipeline at {source} is incomplete or damaged"

@@ -230,9 +230,8 @@ def unlearn_steps(
     trained = {n: p for n, p in unet.named_parameters() if TRAINABLE[config.train](n)}
     b, m = config.batch_size, config.memory_batch_size
     # no cache: it would keep the reference's 16-bit weights for the learning model's pass
-    mixed = torch.autocast(
-        device.type, unet.dtype, enabled=unet.dtype != torch.float32, cache_enabled=False
-    )
+    precision = unet.dtype
+    mixed = torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
 
     with _training(unet, trained):
         reference = {name: p.detach().clone() for name, p in trained.items()}
@@ -291,7 +290,8 @@ def unlearn_steps(
                 )
             optimizer.step()
             values = [float(v.detach()) for v in (loss, attention, prior, regularization)]
-            yield UnlearnState(step, config.iterations, *values)
+            with _swapped(trained, {n: p.data.to(precision) for n, p in trained.items()}):
+                yield UnlearnState(step, config.iterations, *values)  # a model that can draw a preview
 
 
 @dataclass

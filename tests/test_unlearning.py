@@ -249,9 +249,7 @@ def test_each_loss_can_be_switched_off(tiny_pipe, forget, off):
 
 
 def test_without_the_prior_loss_the_memory_does_not_matter(tiny_pipe, tiny_memory, forget):
-    other = Pictures(
-        tiny_memory.latents.flip(0) * 2, tiny_memory.encoder_hidden_states, tiny_memory.prompts
-    )
+    other = Pictures(tiny_memory.latents.flip(0) * 2, tiny_memory.encoder_hidden_states, tiny_memory.prompts)
     results = []
     for memory in (tiny_memory, other):
         run = forget(memory=memory, lambda_prior=0.0)
@@ -481,6 +479,19 @@ def test_bf16_follows_the_path_of_fp32(bf16_pipe, tiny_memory, forget):
     assert half.prior.iloc[1:].min() > 0
     assert half.attention.tolist() == pytest.approx(full.attention.tolist(), rel=0.05)
     assert half.prior.iloc[1:].tolist() == pytest.approx(full.prior.iloc[1:].tolist(), rel=0.2)
+
+
+def test_a_bf16_pipeline_can_be_watched(bf16_pipe, forget):
+    def look(state=None) -> torch.Tensor:
+        previews.append(duge.sample(bf16_pipe, "a photo of a car", steps=2, latents=True))
+        return previews[-1]
+
+    previews = []
+    run = forget(pipe=bf16_pipe, iterations=3)
+    run.restore()
+    watched = forget(pipe=bf16_pipe, iterations=3, on_step=look)
+    pd.testing.assert_frame_equal(watched.history, run.history, check_exact=True)
+    assert torch.equal(previews[-1], look())  # the preview is the model that stopping would leave
 
 
 def test_a_bf16_pipeline_is_restored_after_divergence(bf16_pipe, tiny_memory, forget):

@@ -1,13 +1,14 @@
 """How everything in ``data/`` was made: ``python -m duge_lite.doodles.train --help``.
 
-Five stages, each with checkpoints in ``--work`` (default ``data/.training``), so that a run that
+Six stages, each with checkpoints in ``--work`` (default ``data/.training``), so that a run that
 was interrupted goes on where it was:
 
 1. ``tokenizer``    a CLIP byte-pair tokenizer on our captions,
 2. ``clip``         a small CLIP, trained contrastively; its text tower is the pipeline's text encoder,
 3. ``autoencoder``  64x64x3 pictures to 16x16x4 latents and back,
 4. ``judge``        a ResNet that names objects, styles and backgrounds,
-5. ``unet``         the denoiser, trained on latents and captions (``--without apple``: the oracle).
+5. ``unet``         the denoiser, trained on latents and captions (``--without apple``: the oracle),
+6. ``decoder``      the autoencoder's second half again, on its own.
 
 Every batch is a function of (seed, stage, step) alone: a resumed run sees the batches that an
 undisturbed one would have seen. The recipe is ours; the loss weight of the denoiser is min-SNR-5
@@ -56,7 +57,7 @@ LABELS: tuple[str, ...] = (*OBJECTS, *STYLES, *(f"{b} background" for b in BACKG
 MAX_TOKENS = 24
 CAPTIONS_PER_IMAGE = 3
 COMPOUNDS = (("back", "pack"), ("gold", "fish"), ("air", "plane"), ("mush", "room"))
-STAGES = ("tokenizer", "clip", "autoencoder", "judge", "unet")
+STAGES = ("tokenizer", "clip", "autoencoder", "judge", "unet", "decoder")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ class Recipe:
     seed: int = 0
     clip_steps: int = 1_800
     autoencoder_steps: int = 4_500
-    judge_steps: int = 2_000
-    unet_steps: int = 9_000
+    judge_steps: int = 1_600
+    decoder_steps: int = 1_500
+    unet_steps: int = 7_000
     lr: float = 1e-3
     save_every: int = 250  # steps between checkpoints
     captions_dropped: float = 0.1  # empty captions, for classifier-free guidance
@@ -319,14 +321,36 @@ def train_autoencoder(world: World, recipe: Recipe, work: Path) -> AutoencoderKL
         images = world.batch(index).to(model.device, memory_format=torch.channels_last)
         posterior = model.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(model.device)
-        decoded = model.decode(posterior.mean + posterior.std * noise).sample.float()
-        edges = sum(F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
-        return F.l1_loss(decoded, images) + 0.5 * edges + 1e-5 * posterior.kl().mean() / 1024
+        decoded = model.decode(posterior.mean + posterior.std * noise).sample
+        return _picture_loss(decoded.float(), images) + 1e-5 * posterior.kl().mean() / 1024
 
     model = fit("autoencoder", model, loss_of, recipe.autoencoder_steps, recipe, work, weight_decay=0.0)
     latents = encode(model, world, range(0, len(world.scenes), 10))
     model.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
     return model
+
+
+def _picture_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    edges = sum(F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
+    return F.l1_loss(decoded, images) + 0.5 * edges
+
+
+def polish_decoder(vae: AutoencoderKL, world: World, recipe: Recipe, work: Path) -> None:
+    """Trains the decoder some more, in place; the encoder, and so the latents, stay as they are."""
+    latents = encode(vae, world, range(len(world.scenes)))
+    vae.requires_grad_(True)
+
+    def loss_of(decoder: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
+        index = _pick(len(latents), 16, generator)
+        noise = torch.randn(16, *latents.shape[1:], generator=generator)
+        noisy = latents[index] + 0.02 * latents.std() * noise  # a sampler's latents are never exact
+        images = world.batch(index).to(_device(), memory_format=torch.channels_last)
+        decoded = decoder(vae.post_quant_conv(noisy.to(_device()))).float()
+        # colour counts beside detail: the same pictures once more, seen from far
+        far = F.l1_loss(F.avg_pool2d(decoded, 4), F.avg_pool2d(images, 4))
+        return _picture_loss(decoded, images) + far
+
+    fit("decoder", vae.decoder, loss_of, recipe.decoder_steps, recipe, work, weight_decay=0.0)
 
 
 @torch.no_grad()
@@ -478,6 +502,8 @@ def assemble(
         requires_safety_checker=False,
     )
     pipe.to("cpu", torch.float16)
+    # plain from_pretrained loads the text encoder in the file's precision, and all else in 32 bits
+    pipe.text_encoder.float()
     for part in (vae, unet):
         part.to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(out, safe_serialization=True)
@@ -506,9 +532,7 @@ def image_processor():
 # ---------------------------------------------------------------------------- the command
 
 
-def stages(
-    recipe: Recipe, out: Path, work: Path, without: str | None = None, until: str = "unet"
-) -> Iterator[str]:
+def stages(recipe: Recipe, out: Path, work: Path, without: str | None = None) -> Iterator[str]:
     """Runs the stages in order, yielding each one's name when its files are written."""
     work.mkdir(parents=True, exist_ok=True)
     world = World.cached(recipe.images, recipe.seed, work)
@@ -524,21 +548,21 @@ def stages(
     yield "clip"
     vae = train_autoencoder(world, recipe, work)
     yield "autoencoder"
-    if until == "judge" or without is None:
-        judge = train_judge(world, recipe, work)
-        _half(judge, out / "doodle-judge")
-        image_processor().save_pretrained(out / "doodle-judge")
-        yield "judge"
-    if until == "judge":
-        return
     if without:
         stage = f"unet-without-{without.replace(' ', '-')}"
         unet = train_unet(world.without(without), tokenizer, text_tower(clip), vae, recipe, work, stage)
         _half(unet, out / f"doodle-oracle-{without.replace(' ', '-')}" / "unet")
+        yield "unet"
     else:
+        judge = train_judge(world, recipe, work)
+        _half(judge, out / "doodle-judge")
+        image_processor().save_pretrained(out / "doodle-judge")
+        yield "judge"
         unet = train_unet(world, tokenizer, text_tower(clip), vae, recipe, work)
+        yield "unet"
+        polish_decoder(vae, world, recipe, work)
         assemble(out / "doodle-sd", tokenizer, clip, vae, unet)
-    yield "unet"
+        yield "decoder"
 
 
 def main() -> None:
@@ -546,7 +570,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=data_dir(), help="where the finished models go")
     parser.add_argument("--work", type=Path, help="where checkpoints go (default: OUT/.training)")
     parser.add_argument("--without", metavar="CONCEPT", help="train the oracle that never saw CONCEPT")
-    parser.add_argument("--until", choices=STAGES, default="unet", help="stop after this stage")
+    parser.add_argument("--until", choices=STAGES, default="decoder", help="stop after this stage")
     parser.add_argument("--images", type=int, default=Recipe.images)
     parser.add_argument("--unet-steps", type=int, default=Recipe.unet_steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
@@ -560,7 +584,7 @@ def main() -> None:
         return
     recipe = Recipe(images=args.images, unet_steps=args.unet_steps, seed=args.seed)
     started = time.time()
-    for stage in stages(recipe, args.out, args.work or args.out / ".training", args.without, args.until):
+    for stage in stages(recipe, args.out, args.work or args.out / ".training", args.without):
         print(f"{stage} done after {(time.time() - started) / 60:.1f} min", flush=True)
         if stage == args.until:
             break

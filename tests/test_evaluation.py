@@ -1,0 +1,295 @@
+"""Pictures on fixed seeds, read by a judge; and the judge itself."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import duge_lite as duge
+from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, draw
+from duge_lite.doodles.train import LABELS
+from duge_lite.errors import ModelNotFoundError, UnknownConceptError
+from duge_lite.evaluation import Judge, wilson_interval
+
+COLUMNS = ["accuracy", "low", "high", "images", "mostly"]
+
+
+# Wilson's interval
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"),
+    [  # (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.96
+        (0, 10, 0.0, 0.27754),  # z² / (n + z²) = 3.8416 / 13.8416
+        (10, 10, 0.72246, 1.0),
+        (5, 10, 0.23659, 0.76341),  # 0.5 ± 1.96 * sqrt(1/40 + 3.8416/400) / 1.38416
+        (1, 1, 0.20654, 1.0),  # 1 / 4.8416
+        (81, 263, 0.25525, 0.36621),  # Newcombe (1998), table I
+        (15, 148, 0.06236, 0.16054),
+    ],
+)
+def test_wilson_by_hand(hits, count, low, high):
+    assert wilson_interval(hits, count) == pytest.approx((low, high), abs=1e-4)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_contains_the_share_and_is_symmetric(hits_and_count):
+    hits, count = hits_and_count
+    low, high = wilson_interval(hits, count)
+    assert 0 <= low < high <= 1 and low - 1e-12 <= hits / count <= high + 1e-12
+    mirrored = wilson_interval(count - hits, count)
+    assert (1 - high, 1 - low) == pytest.approx(mirrored)
+    wider, narrower = high - low, np.subtract(*wilson_interval(4 * hits, 4 * count)[::-1])
+    assert narrower < wider
+
+
+@pytest.mark.parametrize(("hits", "count"), [(-1, 3), (4, 3), (0, 0)])
+def test_wilson_teaches(hits, count):
+    with pytest.raises(ValueError, match=f"{hits} hits of {count}: expected"):
+        wilson_interval(hits, count)
+
+
+# The judge's interface, on random weights
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [draw(OBJECTS[i % 20], STYLES[i % 5], seed=i) for i in range(count)]
+
+
+def test_scores_are_the_models_logits_by_name(tiny_judge):
+    images = pictures(3)
+    scores = tiny_judge.scores(images)
+    assert scores.shape == (3, 31) and list(scores.columns) == list(LABELS)
+    pixels = np.stack([np.asarray(i) for i in images]).transpose(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        logits = tiny_judge.model(torch.tensor(pixels, dtype=torch.float32)).logits
+    np.testing.assert_allclose(scores.to_numpy(), logits.numpy(), atol=1e-5)
+    some = tiny_judge.scores(images, ["tree", "apple"])
+    pd.testing.assert_frame_equal(some, scores[["tree", "apple"]])
+
+
+def test_many_pictures_are_scored_in_parts(tiny_judge):
+    images = pictures(130)
+    whole = tiny_judge.scores(images)
+    np.testing.assert_allclose(whole[126:], tiny_judge.scores(images[126:]), atol=1e-5)
+
+
+def test_names_and_sees_follow_the_scores(tiny_judge):
+    images, among = pictures(20), ["car", "harp", "star"]
+    scores = tiny_judge.scores(images)
+    named = tiny_judge.names(images, among)
+    for i, name in enumerate(named):
+        assert scores.loc[i, name] == max(scores.loc[i, n] for n in among)
+    for label in LABELS:
+        np.testing.assert_array_equal(tiny_judge.sees(images, label), scores[label] > 0)
+    assert 0 < np.mean([tiny_judge.sees(images, label) for label in LABELS]) < 1
+
+
+def test_a_label_that_the_judge_was_not_taught_teaches(tiny_judge):
+    with pytest.raises(UnknownConceptError, match="'corgi' is no label of this judge"):
+        tiny_judge.names(pictures(1), ["apple", "corgi"])
+
+
+def test_judge_survives_saving(tiny_judge, tmp_path):
+    tiny_judge.model.save_pretrained(tmp_path)
+    tiny_judge.processor.save_pretrained(tmp_path)
+    loaded = Judge.load(tmp_path)
+    assert loaded.labels == list(LABELS) and not loaded.model.training
+    images = pictures(4)
+    pd.testing.assert_frame_equal(loaded.scores(images), tiny_judge.scores(images))
+    assert Judge.load(str(tmp_path)).labels == list(LABELS)
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "no/such/folder", "/no/such/folder"])
+def test_a_missing_judge_teaches(missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=f"no judge at {missing}.*save_pretrained"):
+        Judge.load(missing)
+
+
+def test_a_missing_shipped_judge_teaches(tmp_path, monkeypatch):
+    monkeypatch.setattr(duge.evaluation, "data_dir", lambda: tmp_path)
+    with pytest.raises(ModelNotFoundError, match="doodle-judge"):
+        Judge.load()
+
+
+def test_a_broken_judge_teaches(tiny_judge, tmp_path):
+    tiny_judge.model.save_pretrained(tmp_path)
+    tiny_judge.processor.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelNotFoundError, match="no judge at"):
+        Judge.load(tmp_path)
+
+
+# evaluate
+
+
+def test_evaluate_returns_what_it_documents(tiny_pipe, tiny_judge):
+    table = duge.evaluate(tiny_pipe, ["harp", "apple"], images=3, judge=tiny_judge, steps=2)
+    assert list(table.columns) == COLUMNS
+    assert list(table.index) == ["harp", "apple"] and table.index.name == "concept"
+    assert (table.images == 3).all() and set(table.mostly) <= set(OBJECTS)
+    for row in table.itertuples():
+        hits = round(row.accuracy * 3)
+        assert row.accuracy == hits / 3
+        assert (row.low, row.high) == wilson_interval(hits, 3)
+
+
+class Oracle:
+    """A judge that knows the answers: it reads the pictures' serial numbers."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def names(self, images, among):
+        assert list(among) == list(OBJECTS)
+        assert len(images) == len(self.answers)
+        return self.answers
+
+
+def test_evaluate_counts_by_hand(tiny_pipe):
+    judge = Oracle(["apple", "apple", "orange", "apple", "car", "car", "harp", "apple"])
+    table = duge.evaluate(tiny_pipe, ["apple", "harp"], images=4, judge=judge, steps=1)
+    assert table.accuracy.tolist() == [0.75, 0.25]
+    assert table.mostly.tolist() == ["apple", "car"]
+
+
+def test_evaluate_takes_all_concepts_by_default(tiny_pipe):
+    table = duge.evaluate(tiny_pipe, images=1, judge=Oracle(list(OBJECTS)), steps=1)
+    assert list(table.index) == list(OBJECTS) and (table.accuracy == 1).all()
+
+
+def test_same_seeds_same_numbers(tiny_pipe, tiny_judge):
+    arguments = dict(concepts=["harp", "apple"], images=2, judge=tiny_judge, steps=2)
+    torch.manual_seed(1)
+    once = duge.evaluate(tiny_pipe, **arguments)
+    torch.manual_seed(2)
+    pd.testing.assert_frame_equal(once, duge.evaluate(tiny_pipe, **arguments), check_exact=True)
+
+
+class Collector:
+    def __init__(self):
+        self.images = []
+
+    def names(self, images, among):
+        self.images += [np.asarray(i).astype(int) for i in images]
+        return [among[0]] * len(images)
+
+
+def test_picture_i_is_the_same_whatever_else_is_asked(tiny_pipe):
+    calls = []
+    for concepts, images in ((["apple"], 2), (["harp", "car", "apple"], 2), (["apple"], 4)):
+        calls.append(collector := Collector())
+        duge.evaluate(tiny_pipe, concepts, images=images, judge=collector, steps=2)
+    alone, last_of_three, first_of_four = (c.images for c in calls)
+    for i in range(2):
+        assert np.abs(alone[i] - last_of_three[4 + i]).max() <= 1  # of 255: batches may round
+        assert np.abs(alone[i] - first_of_four[i]).max() <= 1
+    assert np.abs(alone[0] - alone[1]).max() > 1
+
+
+def test_settings_reach_the_sampler(tiny_pipe, tiny_judge, monkeypatch):
+    seen = {}
+
+    def spy(pipe, prompts, **settings):
+        seen.update(settings, prompts=prompts)
+        return pictures(len(prompts))
+
+    monkeypatch.setattr(duge.evaluation, "sample", spy)
+    duge.evaluate(
+        tiny_pipe,
+        ["apple", "sunglasses"],
+        images=2,
+        style="sketch",
+        judge=tiny_judge,
+        steps=7,
+        guidance_scale=2.5,
+        seed=40,
+    )
+    assert seen["prompts"] == ["a sketch of an apple"] * 2 + ["a sketch of sunglasses"] * 2
+    assert seen["seed"] == [40, 41, 40, 41]
+    assert seen["steps"] == 7 and seen["guidance_scale"] == 2.5
+
+
+def test_evaluate_teaches(tiny_pipe, tiny_judge):
+    with pytest.raises(UnknownConceptError, match="Did you mean 'umbrella'"):
+        duge.evaluate(tiny_pipe, ["umbrela"], judge=tiny_judge)
+    with pytest.raises(UnknownConceptError, match="'cubism' is no style"):
+        duge.evaluate(tiny_pipe, ["apple"], style="cubism", judge=tiny_judge)
+
+
+# The shipped judge and model
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge.load()
+
+
+@pytest.fixture(scope="module")
+def fresh() -> pd.DataFrame:
+    """100 drawings that training never saw: every object in every style."""
+    rows = [(name, style) for name in OBJECTS for style in STYLES]
+    frame = pd.DataFrame(rows, columns=["object", "style"])
+    grounds = list(BACKGROUNDS)
+    frame["background"] = [grounds[(7 * i) % 6] for i in range(100)]
+    frame.loc[frame["style"] == "sketch", "background"] = "white"
+    frame.loc[frame["style"] == "neon", "background"] = "black"
+    frame["image"] = [
+        draw(r.object, r.style, r.background, seed=90_000 + i) for i, r in enumerate(frame.itertuples())
+    ]
+    return frame
+
+
+def test_the_judge_names_fresh_drawings(judge, fresh):
+    images = list(fresh.image)
+    assert np.mean(np.array(judge.names(images, OBJECTS)) == fresh["object"]) >= 0.97
+    assert np.mean(np.array(judge.names(images, STYLES)) == fresh["style"]) >= 0.97
+    grounds = [f"{b} background" for b in BACKGROUNDS]
+    named = np.array(judge.names(images, grounds))
+    assert np.mean(named == fresh["background"] + " background") >= 0.97
+
+
+def test_the_judge_sees_what_is_there_and_nothing_else(judge, fresh):
+    seen = np.stack([judge.sees(list(fresh.image), name) for name in OBJECTS], axis=1)
+    there = np.array([[name == shown for name in OBJECTS] for shown in fresh["object"]])
+    assert seen[there].mean() >= 0.95
+    assert seen[~there].mean() <= 0.01
+
+
+def test_the_judge_finds_both_of_two(judge):
+    pairs = [(a, OBJECTS[(i + 7) % 20]) for i, a in enumerate(OBJECTS)]
+    images = [draw(pair, seed=91_000 + i) for i, pair in enumerate(pairs)]
+    scores = judge.scores(images, OBJECTS)
+    found = [set(row.nlargest(2).index) == set(pair) for (_, row), pair in zip(
+        scores.iterrows(), pairs, strict=True
+    )]  # fmt: skip
+    assert np.mean(found) >= 0.9
+
+
+def test_unlearning_accuracy_alone_rewards_noise(judge, tiny_pipe):
+    """A model that never learned anything has "forgotten" nearly everything."""
+    concepts = list(OBJECTS)
+    table = duge.evaluate(tiny_pipe, concepts, images=2, judge=judge, steps=2)
+    assert 1 - table.accuracy.mean() >= 0.9
+
+
+def test_the_shipped_model_draws_what_it_is_asked_for(doodle_master, judge):
+    concepts = ["apple", "orange", "umbrella", "car"]
+    table = duge.evaluate(doodle_master, concepts, images=4, judge=judge, steps=10)
+    assert table.accuracy.mean() >= 0.9
+
+
+@pytest.mark.slow
+def test_the_shipped_model_knows_its_whole_world(doodle_master, judge):
+    table = duge.evaluate(doodle_master, images=10, judge=judge)
+    assert table.accuracy.mean() >= 0.97
+    assert table.accuracy.min() >= 0.8
+    for style in STYLES[1:]:
+        prompts = [duge.doodles.prompt(name, style) for name in OBJECTS]
+        images = duge.sample(doodle_master, prompts, seed=500)
+        assert np.mean(np.array(judge.names(images, STYLES)) == style) >= 0.9

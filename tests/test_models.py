@@ -1,0 +1,272 @@
+"""Where pipelines come from, how they fail, and how they sample."""
+
+import copy
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+import duge_lite as duge
+from duge_lite.doodles import OBJECTS, RELATED, STYLES
+from duge_lite.errors import ModelNotFoundError, UnknownConceptError
+from duge_lite.models import data_dir, default_device, default_dtype, model_card
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_master, tmp_path_factory) -> Path:
+    """The tiny pipeline in a folder. Look, do not touch."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_master.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy of it, to break."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def same_weights(one, other) -> bool:
+    a, b = (m.state_dict() for m in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[k].float(), b[k].float()) for k in a)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_comes_back_as_it_was_saved(saved, tiny_master, kind):
+    pipe = duge.load_pipeline(kind(saved), device="cpu")
+    for part in ("unet", "vae", "text_encoder"):
+        assert same_weights(getattr(pipe, part), getattr(tiny_master, part))
+        assert not getattr(pipe, part).training
+    assert pipe.unet.dtype == torch.float32 and pipe.safety_checker is None
+
+
+def test_a_folder_below_home_or_here(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    monkeypatch.setenv("USERPROFILE", str(saved.parent))
+    monkeypatch.chdir(saved.parent)
+    for name in ("~/tiny", "./tiny", "tiny"):
+        assert duge.load_pipeline(name, device="cpu").unet.config.cross_attention_dim == 128
+
+
+def test_precision_is_a_choice(saved):
+    pipe = duge.load_pipeline(saved, device="cpu", dtype=torch.bfloat16)
+    assert pipe.unet.dtype == pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
+
+
+def test_device_and_precision_by_default():
+    assert default_dtype(torch.device("cpu")) == default_dtype(torch.device("mps")) == torch.float32
+    assert default_device().type == ("cuda" if torch.cuda.is_available() else default_device().type)
+    assert torch.zeros(1, device=default_device()).sum() == 0  # it works
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no-such-folder", Path("a/b/c")])
+def test_a_missing_folder_teaches(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="no model_index.json. Expected a folder written by"):
+        duge.load_pipeline(name)
+
+
+def test_a_folder_or_file_of_something_else_teaches(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"weights")
+    for source in (tmp_path, tmp_path / "model.ckpt"):
+        with pytest.raises(ModelNotFoundError, match="no model_index.json"):
+            duge.load_pipeline(source)
+
+
+def test_missing_shipped_weights_teach(tmp_path, monkeypatch):
+    monkeypatch.setattr(duge.models, "data_dir", lambda: tmp_path)
+    with pytest.raises(ModelNotFoundError, match="Reinstall duge-lite, or make it with"):
+        duge.load_pipeline()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_truncated_file_teaches(folder, part):
+    (file,) = (folder / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ModelNotFoundError, match="incomplete or damaged .*Compare it with a fresh"):
+        duge.load_pipeline(folder)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "tokenizer", "model_index.json"])
+def test_a_missing_or_garbled_part_teaches(folder, file):
+    if (folder / file).is_dir():
+        shutil.rmtree(folder / file)
+    else:
+        (folder / file).write_text("{ not json")
+    with pytest.raises(ModelNotFoundError, match="incomplete or damaged"):
+        duge.load_pipeline(folder)
+
+
+class Bomb:
+    """Unpickling it would leave a mark."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_pickled_weights_are_refused(folder, tmp_path):
+    (file,) = (folder / "unet").glob("*.safetensors")
+    file.unlink()
+    mark = tmp_path / "unpickled"
+    torch.save({"weight": Bomb(mark)}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelNotFoundError, match="only safetensors files are read"):
+        duge.load_pipeline(folder)
+    assert not mark.exists()
+    torch.load(folder / "unet" / "diffusion_pytorch_model.bin", weights_only=False)
+    assert mark.exists()  # the trap was armed
+
+
+def test_a_hub_id_without_network_teaches():
+    with pytest.raises(ModelNotFoundError) as caught:
+        duge.load_pipeline("duge-lite-tests/no-such-model")
+    text = str(caught.value)
+    assert text.startswith("could not load 'duge-lite-tests/no-such-model' from the hub (")
+    assert 'stay offline with load_pipeline("doodle")' in text
+    assert len(text.splitlines()) == 1 and len(text) < 500
+
+
+# The card
+
+
+def test_the_card_of_the_doodle_model(tiny_master):
+    card = model_card(tiny_master)
+    assert (card.name, card.concepts, card.styles) == ("doodle", OBJECTS, STYLES)
+    assert card.related is RELATED or card.related == RELATED
+    assert card.prompt("apple") == "a photo of an apple"
+    assert card.prompts("apple")[1:3] == ["a sketch of an apple", "a neon sign of an apple"]
+    assert card.check("apple") == "apple"
+    with pytest.raises(UnknownConceptError, match="Did you mean 'broccoli'"):
+        card.check("brocoli")
+
+
+def test_the_card_of_another_stable_diffusion(tiny_master):
+    """The text width of SD 1.x and CLIP's 77 tokens, random weights."""
+    config = {**tiny_master.unet.config, "cross_attention_dim": 768}
+    tokenizer = copy.deepcopy(tiny_master.tokenizer)
+    tokenizer.model_max_length = 77
+    pipe = copy.copy(tiny_master)
+    pipe.unet, pipe.tokenizer = type(tiny_master.unet).from_config(config), tokenizer
+    card = model_card(pipe)
+    assert card.name == "stable-diffusion" and card.styles == ("photo",)
+    assert (card.guidance_scale, card.steps) == (8.0, 50)
+    assert len(card.concepts) == len(set(card.concepts)) == 21
+    assert {"apple", "English springer", "Eiffel Tower"} < set(card.concepts)
+    assert card.prompt("English springer") == "a photo of an English springer"
+    assert card.prompts("harp") == ["a photo of a harp"]
+    for name, others in card.related.items():
+        assert {name, *others} <= set(card.concepts)
+    with pytest.raises(UnknownConceptError):
+        card.check("mushroom")
+
+
+def test_a_card_needs_both_signs(tiny_master):
+    """77 tokens alone, or another width alone, make it no doodle model."""
+    pipe = copy.copy(tiny_master)
+    pipe.tokenizer = copy.deepcopy(tiny_master.tokenizer)
+    pipe.tokenizer.model_max_length = 77
+    assert model_card(pipe).name == "stable-diffusion"
+
+
+# Sampling
+
+PROMPTS = ["a photo of a car", "a sketch of a harp", "a neon sign of a star", "a photo of a house"]
+
+
+def latents(pipe, prompts=PROMPTS, **settings) -> torch.Tensor:
+    return duge.sample(pipe, prompts, steps=3, latents=True, **settings)
+
+
+def test_pictures_or_latents(tiny_master):
+    images = duge.sample(tiny_master, PROMPTS[:2], steps=2)
+    assert [type(i) for i in images] == [Image.Image] * 2 and images[0].size == (64, 64)
+    scaled = latents(tiny_master)
+    assert scaled.shape == (4, 4, 16, 16) and scaled.device.type == "cpu"
+    with torch.no_grad():  # decoded, they are the pictures
+        decoded = tiny_master.vae.decode(scaled[:1] / tiny_master.vae.config.scaling_factor).sample
+    shown = np.asarray(duge.sample(tiny_master, PROMPTS[0], steps=3)[0])
+    again = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+    assert np.abs(shown - again).max() <= 1
+
+
+def test_one_prompt_may_be_a_string(tiny_master):
+    assert torch.equal(latents(tiny_master, PROMPTS[0]), latents(tiny_master, PROMPTS[:1]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_batch_size_does_not_change_pictures(tiny_master, batch_size):
+    together = latents(tiny_master)
+    apart = latents(tiny_master, batch_size=batch_size)
+    torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_seeds(tiny_master):
+    counted = latents(tiny_master, seed=5)
+    assert torch.equal(latents(tiny_master, seed=[5, 6, 7, 8]), counted)
+    assert torch.equal(latents(tiny_master, seed=range(5, 9)), counted)
+    assert torch.equal(latents(tiny_master, seed=np.int64(5)), counted)
+    assert torch.equal(latents(tiny_master, seed=np.arange(5, 9)), counted)
+    assert not torch.equal(latents(tiny_master, seed=4), counted)
+    twice = latents(tiny_master, [PROMPTS[0]] * 2, seed=[3, 3])
+    torch.testing.assert_close(twice[0], twice[1])
+    with pytest.raises(ValueError, match="4 prompts and 2 seeds: expected one seed each"):
+        latents(tiny_master, seed=[1, 2])
+
+
+def test_sampling_leaves_global_random_state_alone(tiny_master):
+    before = torch.get_rng_state()
+    latents(tiny_master)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_steps_and_guidance_default_to_the_card(tiny_master, monkeypatch):
+    seen = []
+
+    class Spy:
+        unet, tokenizer = tiny_master.unet, tiny_master.tokenizer
+
+        def __call__(self, prompts, **settings):
+            seen.append((settings["num_inference_steps"], settings["guidance_scale"]))
+            return type("Result", (), {"images": [None] * len(prompts)})
+
+    duge.sample(Spy(), PROMPTS)
+    duge.sample(Spy(), PROMPTS, steps=5, guidance_scale=0.0)
+    assert seen == [(20, 4.0), (5, 0.0)]
+
+
+# The shipped model
+
+
+def test_the_shipped_model_is_plain_diffusers(doodle_master):
+    pipe = StableDiffusionPipeline.from_pretrained(data_dir() / "doodle-sd", safety_checker=None)
+    assert same_weights(pipe.unet, doodle_master.unet)
+    assert same_weights(pipe.text_encoder, doodle_master.text_encoder)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a photo of an apple", num_inference_steps=2).images[0]
+    assert image.size == (64, 64) and np.asarray(image).std() > 5
+
+
+def test_the_shipped_model_loads_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = duge.load_pipeline("doodle", device="cpu")
+    assert model_card(pipe).name == "doodle"
+    assert isinstance(pipe.tokenizer, CLIPTokenizer) and pipe.tokenizer.model_max_length == 24
+
+
+def test_the_shipped_model_has_attention_at_two_sizes(doodle_master):
+    trace = duge.trace(doodle_master, "a photo of an apple", steps=1)
+    assert {m.shape[-1] for m in trace.maps.values()} == {16, 8}
+    assert 3e6 < sum(p.numel() for p in doodle_master.unet.parameters()) < 5e6

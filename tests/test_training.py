@@ -1,0 +1,270 @@
+"""How ``data/`` was made, in miniature: every stage, interrupted and resumed, with and without apples."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
+
+import duge_lite as duge
+from duge_lite.doodles import OBJECTS, draw, train
+from duge_lite.doodles.train import LABELS, Recipe, World, _rate, _render, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Miniature(Recipe):
+    images: int = 40
+    clip_steps: int = 4
+    autoencoder_steps: int = 4
+    judge_steps: int = 4
+    unet_steps: int = 5
+    save_every: int = 2
+
+
+MINIATURE = Miniature()
+
+
+def miniature_world(cls, count: int, seed: int) -> World:
+    images, scenes, captions = _render((seed, 0, count))
+    return World(images, tuple(scenes), tuple(map(tuple, captions)))
+
+
+@pytest.fixture(scope="module")
+def patched():
+    """Worlds drawn in this process: the pool of processes has a test of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "draw", classmethod(miniature_world))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(patched, tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """(models, checkpoints, names of the stages) of one undisturbed run."""
+    out = tmp_path_factory.mktemp("trained")
+    names = list(train.stages(MINIATURE, out / "out", out / "work"))
+    return out / "out", out / "work", names
+
+
+def weight_files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {str(p.relative_to(folder)): load_file(p) for p in folder.rglob("*.safetensors")}
+
+
+def assert_same_weights(one: Path, other: Path, count: int) -> None:
+    a, b = weight_files(one), weight_files(other)
+    assert a.keys() == b.keys() and len(a) == count
+    for file, tensors in a.items():
+        assert tensors.keys() == b[file].keys()
+        different = [k for k, v in tensors.items() if not torch.equal(v, b[file][k])]
+        assert different == [], file
+
+
+# The loop that every stage shares
+
+
+def line(steps: int, work: Path, stage: str = "line", stop_at: int | None = None, **changes):
+    """Fits a small linear model, and may be interrupted in step ``stop_at``."""
+    torch.manual_seed(0)
+    model, seen = torch.nn.Linear(3, 1), []
+
+    def loss_of(model, generator):
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 3, generator=generator)
+        seen.append(x)
+        return (model(x).float() - x.sum(1, keepdim=True)).square().mean()
+
+    recipe = dataclasses.replace(Recipe(save_every=2, lr=0.05), **changes)
+    return fit(stage, model, loss_of, steps, recipe, work), seen
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 3, 6])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, stop_at):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    undisturbed, batches = line(7, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        line(7, tmp_path / "b", stop_at=stop_at)
+    resumed, rest = line(7, tmp_path / "b")
+    assert len(rest) == 7 - stop_at // 2 * 2  # from the last checkpoint on
+    assert all(torch.equal(x, y) for x, y in zip(rest[::-1], batches[::-1], strict=False))
+    for a, b in zip(undisturbed.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    once, _ = line(4, tmp_path)
+    again, seen = line(4, tmp_path)
+    assert seen == [] and torch.equal(once.weight, again.weight)
+
+
+def test_the_averaged_weights_are_what_counts(tmp_path):
+    model, _ = line(4, tmp_path)
+    saved = torch.load(tmp_path / "line.pt", weights_only=True)
+    assert not torch.equal(model.weight, saved["model"]["weight"])
+    assert torch.equal(model.weight, saved["ema"]["shadow_params"][0])
+    assert not model.training and saved["step"] == 4 == len(saved["history"])
+
+
+def test_batches_depend_on_seed_stage_and_step_alone(tmp_path):
+    def batches(name, **settings):
+        (tmp_path / name).mkdir()
+        return line(3, tmp_path / name, **settings)[1]
+
+    base = batches("a")
+    assert all(torch.equal(x, y) for x, y in zip(base, batches("b"), strict=True))
+    assert not torch.equal(base[0], base[1])
+    assert not torch.equal(base[0], batches("c", seed=1)[0])
+    assert not torch.equal(base[0], batches("d", stage="other")[0])
+
+
+def test_the_rate_warms_up_holds_and_falls():
+    rates = [_rate(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 30) and rates[29:600] == [1.0] * 571
+    assert rates[800] == pytest.approx(0.5) and 0 < rates[-1] < 0.01
+    assert rates[:30] == sorted(rates[:30]) and rates[600:] == sorted(rates[600:], reverse=True)
+
+
+# The world on disk
+
+
+def test_a_cached_world_is_the_world_that_was_drawn(patched, tmp_path):
+    drawn = World.draw(12, 3)
+    for _ in range(2):  # drawn, then read
+        cached = World.cached(12, 3, tmp_path)
+        assert np.array_equal(cached.images, drawn.images)
+        assert (cached.scenes, cached.captions) == (drawn.scenes, drawn.captions)
+
+
+@pytest.mark.slow
+def test_a_pool_of_processes_draws_the_same_world(tmp_path):
+    world = World.draw(501, 5)
+    alone = miniature_world(World, 501, 5)
+    assert np.array_equal(world.images, alone.images)
+    assert (world.scenes, world.captions) == (alone.scenes, alone.captions)
+
+
+# All stages
+
+
+@pytest.mark.slow
+def test_all_stages_write_their_folders(trained):
+    out, work, names = trained
+    assert names == ["world", "tokenizer", "clip", "autoencoder", "judge", "unet"]
+    assert {p.name for p in out.iterdir()} == {"doodle-clip", "doodle-judge", "doodle-sd"}
+    pickled = {".bin", ".pt", ".ckpt", ".pkl"}
+    assert not [p for p in out.rglob("*") if p.suffix in pickled]
+    for file, tensors in weight_files(out).items():
+        dtypes = {v.dtype for v in tensors.values() if v.is_floating_point()}
+        # plain diffusers would read a 16-bit text encoder as such, and the UNet in 32 bits
+        assert dtypes == {torch.float32 if "text_encoder" in file else torch.float16}
+
+
+@pytest.mark.slow
+def test_the_pipeline_is_plain_diffusers(trained):
+    pipe = StableDiffusionPipeline.from_pretrained(trained[0] / "doodle-sd", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert duge.model_card(pipe).name == "doodle"
+    assert pipe.unet.config.sample_size == 16 and pipe.vae_scale_factor == 4
+    assert pipe.vae.config.scaling_factor != 0.18215  # measured, not SD's
+    image = pipe("a photo of an apple", num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+    assert duge.load_pipeline(trained[0] / "doodle-sd", device="cpu").unet.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_the_text_encoder_is_clips_own_text_tower(trained):
+    out, *_ = trained
+    clip = CLIPModel.from_pretrained(out / "doodle-clip")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "doodle-clip")
+    pipe = duge.load_pipeline(out / "doodle-sd", device="cpu")
+    ids = train.tokenize(tokenizer, ["a photo of an apple", "a sketch of a tree"])
+    assert torch.equal(ids, train.tokenize(pipe.tokenizer, ["a photo of an apple", "a sketch of a tree"]))
+    with torch.no_grad():
+        ours = pipe.text_encoder(ids).last_hidden_state
+        whole = clip.float().text_model(ids).last_hidden_state
+    torch.testing.assert_close(ours, whole)
+    processor = CLIPProcessor.from_pretrained(out / "doodle-clip")
+    both = processor(text=["a photo of an apple"], images=[draw("apple")], return_tensors="pt")
+    assert both.pixel_values.shape == (1, 3, 64, 64) and both.pixel_values.min() >= -1
+
+
+@pytest.mark.slow
+def test_the_judge_is_a_plain_classifier(trained):
+    judge = duge.Judge.load(trained[0] / "doodle-judge")
+    assert judge.labels == list(LABELS)
+    assert judge.model.config.problem_type == "multi_label_classification"
+    assert judge.names([draw("car")], OBJECTS)[0] in OBJECTS
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["clip", "autoencoder", "judge", "unet"])
+def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(trained, tmp_path, stage, monkeypatch):
+    out, work, names = trained
+    # the stages before are done, this one is cut off after its first checkpoint
+    shutil.copytree(work, tmp_path / "work")
+    for later in names[names.index(stage) :]:
+        (tmp_path / "work" / f"{later}.pt").unlink()
+    saves = []
+    save = torch.save
+
+    def save_once(*args):
+        if saves:
+            raise Stop
+        saves.append(save(*args))
+
+    monkeypatch.setattr(torch, "save", save_once)
+    with pytest.raises(Stop):
+        list(train.stages(MINIATURE, tmp_path / "out", tmp_path / "work"))
+    monkeypatch.setattr(torch, "save", save)
+    assert torch.load(tmp_path / "work" / f"{stage}.pt", weights_only=True)["step"] == 2
+    assert list(train.stages(MINIATURE, tmp_path / "out", tmp_path / "work")) == names
+    assert_same_weights(tmp_path / "out", out, count=5)
+
+
+@pytest.mark.slow
+def test_the_oracle_never_saw_an_apple(trained, tmp_path, monkeypatch):
+    out, work, _ = trained
+    shutil.copytree(work, tmp_path / "work")
+    seen = []
+    train_unet = train.train_unet
+
+    def spy(world, *args):
+        seen.append(world)
+        return train_unet(world, *args)
+
+    monkeypatch.setattr(train, "train_unet", spy)
+    names = list(train.stages(MINIATURE, tmp_path / "out", tmp_path / "work", without="apple"))
+    assert names == ["world", "tokenizer", "clip", "autoencoder", "unet"]
+    (world,) = seen
+    assert 0 < len(world.scenes) < MINIATURE.images
+    assert not [s for s in world.scenes if "apple" in s.objects]
+    folder = tmp_path / "out" / "doodle-oracle-apple" / "unet"
+    oracle = UNet2DConditionModel.from_pretrained(folder)
+    full = UNet2DConditionModel.from_pretrained(out / "doodle-sd" / "unet")
+    ours, theirs = ({k: v for k, v in m.config.items() if k[0] != "_"} for m in (oracle, full))
+    assert ours == theirs
+    assert not torch.equal(oracle.conv_in.weight, full.conv_in.weight)
+    assert (tmp_path / "work" / "unet-without-apple.pt").exists()
+    assert not (tmp_path / "out" / "doodle-sd").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("until", ["tokenizer", "clip", "judge"])
+def test_the_command_stops_where_it_is_told(trained, tmp_path, monkeypatch, capsys, until):
+    _, work, names = trained
+    shutil.copytree(work, tmp_path / ".training")
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--until", until])
+    monkeypatch.setattr(train, "Recipe", Miniature)
+    train.main()
+    done = [row.split(" done")[0] for row in capsys.readouterr().out.splitlines()]
+    assert done == names[: names.index(until) + 1]
+    assert not (tmp_path / "doodle-sd").exists()
