@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -37,7 +37,6 @@ from .errors import NoCrossAttentionError, WordNotInPromptError
 from .models import model_card
 
 Size = tuple[int, int]
-Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 class TraceFileError(ValueError):
@@ -280,7 +279,7 @@ def record_attention(
 
 
 @contextmanager
-def edit_attention(pipe: Pipeline, prompt: str, scales: Mapping[str, float]) -> Iterator[None]:
+def edit_attention(pipe: DiffusionPipeline, prompt: str, scales: Mapping[str, float]) -> Iterator[None]:
     """Turns words of ``prompt`` up or down in every cross-attention layer while the block lasts::
 
         with duge.edit_attention(pipe, prompt, {"umbrella": 0.0}):
@@ -361,8 +360,7 @@ def read_tokens(tokenizer, prompt: str) -> tuple[list[Token], list[str], str]:
         tokens.append(Token(prompt[start:end] or piece, len(starts) - 1, span=(start, end)))
         ended, stop = piece.endswith("</w>") or piece in whole, end
     words = [
-        prompt[start : max(t.span[1] for t in tokens if t.word == word)]
-        for word, start in enumerate(starts)
+        prompt[start : max(t.span[1] for t in tokens if t.word == word)] for word, start in enumerate(starts)
     ]
     cut = prompt[spans[room][0] :] if len(pieces) > room else ""
     tokens = [Token("<start>", None, "start"), *tokens, Token("<end>", None, "end")]
@@ -627,7 +625,7 @@ def _enlarge(array: np.ndarray, size: Size) -> np.ndarray:
 
 @torch.no_grad()
 def trace(
-    pipe: Pipeline,
+    pipe: DiffusionPipeline,
     prompt: str | Sequence[str],
     seed: int | Sequence[int] = 0,
     steps: int | None = None,
@@ -667,6 +665,8 @@ def trace(
         raise ValueError(f"steps = {steps}: expected at least 1")
     if not texts or len(seeds) != len(texts):
         raise ValueError(f"{len(texts)} prompts and {len(seeds)} seeds: expected one seed each, or one")
+    if "num_images_per_prompt" in options:
+        raise ValueError("a trace holds one picture: for more, pass a list of prompts")
     factor = pipe.vae_scale_factor
     made_for = latent_size(pipe.unet)
     pixels = (height or made_for[0] * factor, width or made_for[1] * factor)

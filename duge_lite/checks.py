@@ -71,3 +71,35 @@ def retention(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "what is forgotten on purpose does not count as damage.")
+
+
+def attention_weights(function: Callable) -> Verdict:
+    """Notebook 01: ``attention_weights(query, keys)``, the softmax of the scaled dot products."""
+    keys = np.array([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    even = np.full(3, 1 / 3)
+    scores = np.array([2.0, 0.0, 0.0]) / np.sqrt(2)
+    cases = [
+        Case((np.zeros(2), keys), even, "A place that asks nothing listens to every token alike."),
+        Case(
+            (np.array([1.0, 0.0]), keys),
+            np.exp(scores) / np.exp(scores).sum(),
+            "Divide the dot products by the square root of the query's length before the exponential.",
+        ),
+        Case(
+            (np.array([0.0, 2000.0]), keys),
+            np.array([0.0, 1.0, 0.0]),
+            "Large scores overflow: subtract the largest score first, the softmax stays the same.",
+        ),
+    ]
+    return examine(function, cases, "that is what each place of the picture does, in every layer and head.")
+
+
+def scaled_share(function: Callable) -> Verdict:
+    """Notebook 01: ``scaled_share(share, factor)``, one word's new share when its weight is scaled."""
+    cases = [
+        Case((0.2, 1.0), 0.2, "A factor of 1 changes nothing."),
+        Case((0.2, 0.0), 0.0, "A factor of 0 removes the word."),
+        Case((0.5, 3.0), 0.75, "Weights 3 and 1: the word gets 3 of 4 parts, because all shares sum to 1."),
+        Case((0.2, 4.0), 0.5, "All others keep 1 - share; divide the word's part by the new total."),
+    ]
+    return examine(function, cases, "however large the factor, a share never passes 1.")

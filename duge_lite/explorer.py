@@ -11,14 +11,15 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
+from diffusers import DiffusionPipeline
 
-from .attention import AttentionTrace, Pipeline, trace
+from .attention import AttentionTrace, trace
 from .models import model_card
 from .viewer import Comparison, compare
 
 
 def draw_attention(
-    pipes: Sequence[Pipeline],
+    pipes: Sequence[DiffusionPipeline],
     labels: Sequence[str],
     prompt: str,
     seed: int = 0,
@@ -37,9 +38,11 @@ def draw_attention(
             if on_step is not None:
                 on_step(i * total + done, len(pipes) * total)
 
+        cheap = model_card(pipe).name == "doodle"  # decoding every step: not with a large decoder
+        settings = dict(on_step=counted, previews=cheap)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a prompt that is cut: the viewer says so
-            traces.append(trace(pipe, prompt, seed, steps, guidance_scale, on_step=counted, previews=True))
+            traces.append(trace(pipe, prompt, seed, steps, guidance_scale, **settings))
     return traces[0] if len(traces) == 1 else compare(*traces, labels=tuple(labels))
 
 
@@ -51,7 +54,9 @@ class AttentionExplorer(widgets.VBox):
         error: the exception behind the message that is shown, None when all is well.
     """
 
-    def __init__(self, pipes: Sequence[Pipeline], labels: Sequence[str], prompt: str, seed: int) -> None:
+    def __init__(
+        self, pipes: Sequence[DiffusionPipeline], labels: Sequence[str], prompt: str, seed: int
+    ) -> None:
         card = model_card(pipes[0])
         self.pipes, self.labels = tuple(pipes), tuple(labels)
         self.result: AttentionTrace | Comparison | None = None
@@ -122,9 +127,9 @@ def _sentence(error: BaseException) -> str:
 
 
 def attention_explorer(
-    pipe: Pipeline,
-    other: Pipeline | None = None,
-    prompt: str | None = None,
+    pipe: DiffusionPipeline,
+    other: DiffusionPipeline | None = None,
+    prompt: str = "a photo of an apple next to an umbrella",
     seed: int = 1,
     labels: tuple[str, str] = ("before", "after"),
 ) -> AttentionExplorer:
@@ -133,15 +138,11 @@ def attention_explorer(
     Args:
         pipe: the pipeline that draws.
         other: a second pipeline, drawn from the same settings and shown beside the first.
-        prompt: what the box holds at first; default two concepts that the model knows.
+        prompt: what the box holds at first.
         labels: the names of the two pipelines.
 
     The controls are off while the model runs. Errors appear in the widget as one sentence; the exception
     itself is in ``.error``, and what is shown in ``.result``.
     """
-    card = model_card(pipe)
-    if prompt is None:
-        second = card.prompt(card.concepts[3 if card.name == "doodle" else 4]).split(" of ", 1)[1]
-        prompt = f"{card.prompt(card.concepts[0])} next to {second}"
     pipes = (pipe,) if other is None else (pipe, other)
     return AttentionExplorer(pipes, labels, prompt, seed)

@@ -10,7 +10,7 @@ reviews of the paper, so what is uncertain is an argument here, and each default
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -123,3 +123,36 @@ def regularization_loss(
         square = (_wide(p) - _wide(anchor[name])).square()
         total = total + (square if importance is None else square * _wide(importance[name])).sum()
     return total / count
+
+
+IMPORTANCE_KINDS = ("fisher", "mas")
+
+
+def estimate_importance(
+    parameters: Mapping[str, Tensor], scalars: Iterable[Tensor], kind: str = "fisher"
+) -> dict[str, Tensor]:
+    """How much each number matters, from gradients of ``scalars``, one per memory picture or batch.
+
+    Args:
+        parameters: tensors by name that the scalars depend on.
+        scalars: for ``"fisher"`` the losses, for ``"mas"`` the squared norms of the outputs; computed one
+            at a time, so a generator keeps one graph in memory.
+        kind: ``"fisher"`` averages squared gradients (elastic weight consolidation, Kirkpatrick et al.,
+            arXiv 1612.00796), ``"mas"`` absolute ones (memory aware synapses, Aljundi et al., arXiv
+            1711.09601).
+
+    Returns a non-negative tensor per parameter, scaled to mean 1 over all of them, so that one weight of the
+    regularization loss fits every kind. Raises ValueError when there is nothing to learn it from.
+    """
+    if kind not in IMPORTANCE_KINDS:
+        raise ValueError(f"importance kind {kind!r} is unknown; choose one of {', '.join(IMPORTANCE_KINDS)}")
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    for scalar in scalars:
+        gradients = torch.autograd.grad(scalar, list(parameters.values()), allow_unused=True)
+        for total, gradient in zip(totals.values(), gradients, strict=True):
+            if gradient is not None:
+                total += gradient.float().square() if kind == "fisher" else gradient.float().abs()
+    mean = sum(t.sum() for t in totals.values()) / max(1, sum(t.numel() for t in totals.values()))
+    if not mean > 0:
+        raise ValueError("no gradient reached any parameter: pass scalars that depend on them, at least one")
+    return {name: total / mean for name, total in totals.items()}

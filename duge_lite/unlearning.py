@@ -7,24 +7,31 @@ reference is no second model: only the trained tensors are kept twice and swappe
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import pandas as pd
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attention import record_attention
+from .attention import AttentionRecorder, record_attention
 from .errors import DivergedError
 from .losses import (
+    IMPORTANCE_KINDS,
     TARGET_KINDS,
     attention_target,
     cross_attention_loss,
+    estimate_importance,
     prior_preservation_loss,
     regularization_loss,
 )
@@ -55,8 +62,14 @@ class UnlearnConfig:
             see :func:`duge_lite.losses.attention_target`.
         scale: eta, how far past the unconditional attention a "negative" target lies.
         match: "output" compares what each cross-attention layer writes, "probs" its softmax maps.
+        preserve: what the prior loss asks for on memory pictures: "reference", the frozen model's own
+            prediction (ours), or "noise", the noise that was added (the paper's form, as reviews give it).
+        regularizer: what weighs the pull back: "l2" all weights alike, "fisher" or "mas" by how much each
+            matters for the memory; see :func:`duge_lite.losses.estimate_importance`.
         train: "cross_attention", "kv", "qk" or "full".
         grad_clip: largest norm of the gradient.
+        measure_every: measure the gradient norm of each loss at every so-manieth iteration; 0 for never
+            (each measurement costs about as much as an iteration).
         seed: of the pictures, the noise and the order; one seed, one result.
     """
 
@@ -72,8 +85,11 @@ class UnlearnConfig:
     target: str = "negative"
     scale: float = 0.5
     match: str = "output"
+    preserve: str = "reference"
+    regularizer: str = "l2"
     train: str = "cross_attention"
     grad_clip: float = 1.0
+    measure_every: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +102,15 @@ class UnlearnConfig:
         for name in ("lambda_attention", "lambda_prior", "lambda_regularization", "scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected 0 (off) or more")
-        choices = {"target": TARGET_KINDS, "match": ("output", "probs"), "train": tuple(TRAINABLE)}
+        if not isinstance(self.measure_every, int) or self.measure_every < 0:
+            raise ValueError(f"measure_every = {self.measure_every!r}: expected 0 (never) or a whole number")
+        choices = {
+            "target": TARGET_KINDS,
+            "match": ("output", "probs"),
+            "preserve": ("reference", "noise"),
+            "regularizer": ("l2", *IMPORTANCE_KINDS),
+            "train": tuple(TRAINABLE),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(known)}")
@@ -96,6 +120,18 @@ class UnlearnConfig:
     def table(self) -> pd.DataFrame:
         """The settings as a table."""
         return pd.DataFrame({"value": pd.Series(asdict(self), dtype=object)}).rename_axis("setting")
+
+    def to_json(self) -> str:
+        """The settings as json; :meth:`from_json` reads them back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> UnlearnConfig:
+        """Raises ValueError for a setting that there is not."""
+        values = json.loads(text)
+        if unknown := set(values) - {f.name for f in fields(cls)}:
+            raise ValueError(f"no such setting: {', '.join(sorted(unknown))}; written by another version?")
+        return cls(**values)
 
 
 # ---------------------------------------------------------------------------- pictures to learn from
@@ -115,9 +151,12 @@ class Pictures:
     encoder_hidden_states: Tensor
     prompts: tuple[str, ...]
 
-    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, size: int, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, hidden states and the indices of a random batch."""
         index = torch.randint(len(self.prompts), (size,), generator=generator)
-        return self.latents[index].to(device), self.encoder_hidden_states[index].to(device)
+        return self.latents[index].to(device), self.encoder_hidden_states[index].to(device), index
 
 
 @torch.no_grad()
@@ -155,19 +194,89 @@ def memory_prompts(card: ModelCard, forget: Sequence[str], size: int, seed: int 
     return [card.prompt(kept[i], styles[(i + turn) % len(styles)]) for turn, i in rounds]
 
 
+# ---------------------------------------------------------------------------- what forgetting asks for
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over the concept's pictures.
+
+    Attributes:
+        noise_pred: (B, 4, h, w).
+        layers: per cross-attention layer its maps (B, heads, H*W, T) or, with ``match="output"``, what it
+            wrote (B, H*W, C); empty when the objective does not look at attention.
+    """
+
+    noise_pred: Tensor
+    layers: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What an objective sees of one batch of the concept's pictures.
+
+    Attributes:
+        learner: the model that learns, asked for the concept; the only one with a gradient.
+        concept, other: the frozen reference, asked for the concept, and for the objective's anchor instead
+            (the empty prompt when there is none).
+        noise: what was added to the pictures, (B, 4, h, w).
+    """
+
+    learner: Pass
+    concept: Pass
+    other: Pass
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a method forgets; everything else (pictures, memory, budget) is shared by all of them.
+
+    Attributes:
+        name: for tables.
+        loss: a scalar from the passes and the settings.
+        source: where it comes from.
+        anchor: a concept that the reference is asked for instead; None for the empty prompt.
+        looks_at_attention: whether the layers have to be recorded.
+    """
+
+    name: str
+    loss: Callable[[Passes, UnlearnConfig], Tensor]
+    source: str
+    anchor: str | None = None
+    looks_at_attention: bool = False
+
+
+def _attention_loss(passes: Passes, config: UnlearnConfig) -> Tensor:
+    pairs = zip(passes.concept.layers, passes.other.layers, strict=True)
+    targets = [attention_target(c, u, config.target, config.scale) for c, u in pairs]
+    return cross_attention_loss(passes.learner.layers, targets)
+
+
+DUGE = Objective("DUGE", _attention_loss, "arXiv 2503.13769; the target is ours", looks_at_attention=True)
+"""The cross-attention loss: hear, when the concept is named, what you would hear without the name."""
+
+
 # ---------------------------------------------------------------------------- the loop
 
 
 @dataclass(frozen=True)
 class UnlearnState:
-    """Where the loop is after iteration ``step`` (counted from 1); losses are unweighted."""
+    """Where the loop is after iteration ``step`` (counted from 1); losses are unweighted.
+
+    ``forget`` is the objective's own loss (DUGE's cross-attention loss). The ``grad_`` fields are the norms
+    of the three losses' gradients, unweighted, nan where they were not measured.
+    """
 
     step: int
     iterations: int
     loss: float
-    attention: float
+    forget: float
     prior: float
     regularization: float
+    grad_forget: float = math.nan
+    grad_prior: float = math.nan
+    grad_regularization: float = math.nan
 
 
 @contextmanager
@@ -200,16 +309,68 @@ def _training(unet: torch.nn.Module, trained: dict[str, torch.nn.Parameter]) -> 
             p.requires_grad_(flag)
 
 
+def _importance(
+    unet: torch.nn.Module,
+    trained: dict[str, torch.nn.Parameter],
+    memory: Pictures,
+    scheduler: DDPMScheduler,
+    config: UnlearnConfig,
+) -> dict[str, Tensor]:
+    """Importance of ``trained`` for the memory, from 16 batches that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def scalars() -> Iterator[Tensor]:
+        for _ in range(16):
+            clean, text, _ = memory.batch(config.memory_batch_size, generator, unet.device)
+            noise = torch.randn(clean.shape, generator=generator).to(unet.device)
+            timesteps = torch.randint(len(scheduler.betas), (len(clean),), generator=generator).to(
+                unet.device
+            )
+            noise_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample.float()
+            if config.regularizer == "fisher":
+                yield prior_preservation_loss(noise_pred, _to_predict(scheduler, clean, noise, timesteps))
+            else:
+                yield noise_pred.square().mean()
+
+    return estimate_importance(trained, scalars(), config.regularizer)
+
+
+def _to_predict(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What a perfect model would answer: the noise, or the velocity in models that predict that."""
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(clean, noise, timesteps)
+    return noise
+
+
+def _stop_if_not_finite(
+    losses: dict[str, Tensor], norm: Tensor, step: int, config: UnlearnConfig, put_back: Callable[[], None]
+) -> None:
+    if torch.isfinite(sum(losses.values()) + norm):
+        return
+    put_back()
+    bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+    what = (
+        f"{' and '.join(bad)} loss became {losses[bad[0]].item()}"
+        if bad
+        else f"gradient's norm is {norm.item()}"
+    )
+    raise DivergedError(
+        f"the {what} at iteration {step}; the weights are back as they were. "
+        f"Lower lr (now {config.lr}) or the loss's weight."
+    )
+
+
 def unlearn_steps(
     pipe: StableDiffusionPipeline,
     concept: str,
     config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
     memory: Pictures | None = None,
+    objective: Objective = DUGE,
 ) -> Iterator[UnlearnState]:
     """Forgets ``concept`` in place, yielding a state after each iteration.
 
     Stopping early (``break``) keeps what was learned so far. ``memory`` defaults to pictures of the
-    card's other concepts, drawn by the pipeline itself.
+    card's other concepts, drawn by the pipeline itself. Between two states the pipeline can be used.
 
     Raises UnknownConceptError for a concept that the model's card does not list, and DivergedError when
     a loss is no longer finite; the weights are then put back as they were.
@@ -218,80 +379,100 @@ def unlearn_steps(
     card.check(concept)
     unet, device = pipe.unet, pipe.unet.device
     generator = torch.Generator().manual_seed(config.seed)
-    prompts = card.prompts(concept)
-    prompts = [prompts[i % len(prompts)] for i in range(config.target_size)]
+    repeats = -(-config.target_size // len(card.styles))
+    prompts = (card.prompts(concept) * repeats)[: config.target_size]
     noise_seed = 1_000_000 * (config.seed + 1)  # far from the seeds of evaluation and of other runs
     target = draw_pictures(pipe, prompts, seed=noise_seed)
     if memory is None:
         texts = memory_prompts(card, [concept], config.memory_size, config.seed)
         memory = draw_pictures(pipe, texts, seed=noise_seed + 500_000)
-    empty = encode_prompts(pipe, [""]).to(device)  # (1, T, D)
+    others = card.prompts(card.check(objective.anchor)) if objective.anchor else [""] * len(card.styles)
+    other_states = encode_prompts(pipe, (others * repeats)[: config.target_size])  # (n, T, D)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     trained = {n: p for n, p in unet.named_parameters() if TRAINABLE[config.train](n)}
     b, m = config.batch_size, config.memory_batch_size
-    # no cache: it would keep the reference's 16-bit weights for the learning model's pass
     precision = unet.dtype
+    # no cache: it would keep the reference's 16-bit weights for the learning model's pass
     mixed = torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
+    weights = (config.lambda_attention, config.lambda_prior, config.lambda_regularization)
+
+    def layers_of(record: AttentionRecorder | None, part: slice) -> tuple[Tensor, ...]:
+        if record is None:
+            return ()
+        return tuple(a[part] for a in (record.outputs or record.probs).values())
 
     with _training(unet, trained):
         reference = {name: p.detach().clone() for name, p in trained.items()}
+        importance = None
+        if config.regularizer != "l2":
+            with mixed:
+                importance = _importance(unet, trained, memory, noise_scheduler, config)
         optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=0.0)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+
+        def put_back() -> None:
+            for name, p in trained.items():
+                p.data = reference[name]
+
         for step in range(1, config.iterations + 1):
-            x_target, c_target = target.batch(b, generator, device)
-            x_memory, c_memory = memory.batch(m, generator, device)
+            x_target, c_target, index = target.batch(b, generator, device)
+            x_memory, c_memory, _ = memory.batch(m, generator, device)
             clean = torch.cat([x_target, x_memory])  # (b + m, 4, h, w)
             noise = torch.randn(clean.shape, generator=generator).to(device)
             timesteps = torch.randint(len(noise_scheduler.betas), (b + m,), generator=generator).to(device)
             noisy = noise_scheduler.add_noise(clean, noise, timesteps)
             text = torch.cat([c_target, c_memory])  # (b + m, T, D)
-            size = tuple(clean.shape[-2:])
+            watch = nullcontext()
+            if objective.looks_at_attention:
+                by_output = config.match == "output"
+                watch = record_attention(
+                    unet, tuple(clean.shape[-2:]), probs=not by_output, outputs=by_output
+                )
 
-            with (
-                mixed,
-                record_attention(
-                    unet, size, probs=config.match == "probs", outputs=config.match == "output"
-                ) as record,
-            ):
-                seen = record.outputs if config.match == "output" else record.probs
-                with torch.no_grad(), _swapped(trained, reference):  # with the concept, memory, without it
+            with mixed, watch as record:
+                with torch.no_grad(), _swapped(trained, reference):  # the concept, the memory, the other
                     frozen = unet(
                         torch.cat([noisy, noisy[:b]]),
                         torch.cat([timesteps, timesteps[:b]]),
-                        torch.cat([text, empty.expand(b, -1, -1)]),
+                        torch.cat([text, other_states[index].to(device)]),
                     ).sample
-                    targets = [
-                        attention_target(a[:b], a[b + m :], config.target, config.scale)
-                        for a in seen.values()
-                    ]
+                    asked = Pass(frozen[:b], layers_of(record, slice(b)))
+                    other = Pass(frozen[b + m :], layers_of(record, slice(b + m, None)))
                 noise_pred = unet(noisy, timesteps, text).sample
-                maps = [a[:b] for a in seen.values()]
+                learner = Pass(noise_pred[:b], layers_of(record, slice(b)))
 
-            attention = cross_attention_loss(maps, targets)
-            prior = prior_preservation_loss(noise_pred[b:], frozen[b : b + m])
-            regularization = regularization_loss(trained, reference)
-            loss = (
-                config.lambda_attention * attention
-                + config.lambda_prior * prior
-                + config.lambda_regularization * regularization
-            )
+            wanted = frozen[b : b + m]
+            if config.preserve == "noise":
+                wanted = _to_predict(noise_scheduler, clean, noise, timesteps)[b:]
+            losses = {
+                "attention" if objective is DUGE else objective.name: objective.loss(
+                    Passes(learner, asked, other, noise[:b]), config
+                ),
+                "prior": prior_preservation_loss(noise_pred[b:], wanted),
+                "regularization": regularization_loss(trained, reference, importance),
+            }
+            loss = sum(w * v for w, v in zip(weights, losses.values(), strict=True))
+            norms = []
+            if config.measure_every and (step - 1) % config.measure_every == 0:
+                norms = [_gradient_norm(v, trained) for v in losses.values()]
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
-            if not torch.isfinite(loss + norm):
-                for name, p in trained.items():
-                    p.data = reference[name]
-                parts = {"attention": attention, "prior": prior, "regularization": regularization}
-                bad = [name for name, value in parts.items() if not torch.isfinite(value)]
-                what = f"{' and '.join(bad)} loss became" if bad else "gradient's norm is"
-                value = loss.item() if bad else norm.item()
-                raise DivergedError(
-                    f"the {what} {value} at iteration {step}; the weights are back as they were. "
-                    f"Lower lr (now {config.lr}) or the loss's weight."
-                )
-            optimizer.step()
-            values = [float(v.detach()) for v in (loss, attention, prior, regularization)]
+            if not scaler.is_enabled() or not torch.isfinite(loss):  # a scaler skips steps that overflow
+                _stop_if_not_finite(losses, norm, step, config, put_back)
+            scaler.step(optimizer)
+            scaler.update()
+            values = [float(v.detach()) for v in (loss, *losses.values())]
             with _swapped(trained, {n: p.data.to(precision) for n, p in trained.items()}):
-                yield UnlearnState(step, config.iterations, *values)  # a model that can draw a preview
+                yield UnlearnState(
+                    step, config.iterations, *values, *norms
+                )  # a model that can draw a preview
+
+
+def _gradient_norm(loss: Tensor, trained: dict[str, torch.nn.Parameter]) -> float:
+    gradients = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
+    return float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
 
 
 @dataclass
@@ -299,17 +480,19 @@ class UnlearningRun:
     """What :func:`unlearn` did, and the way back.
 
     Attributes:
-        concept, config: what was asked.
-        history: a row per iteration: loss, attention, prior, regularization.
+        concept, config, objective: what was asked; ``objective`` is its name.
+        history: a row per iteration: loss, forget, prior, regularization, and the gradient norms.
         seconds: wall-clock time, the drawing of the memory included.
+        before: the trained weights from before, on the CPU.
     """
 
-    pipe: StableDiffusionPipeline
+    pipe: StableDiffusionPipeline = field(repr=False)
     concept: str
     config: UnlearnConfig
-    history: pd.DataFrame
+    history: pd.DataFrame = field(repr=False)
     seconds: float
     before: dict[str, Tensor] = field(repr=False)
+    objective: str = DUGE.name
 
     def restore(self) -> None:
         """Puts the weights from before the run back into the pipeline."""
@@ -317,6 +500,52 @@ class UnlearningRun:
         with torch.no_grad():
             for name, value in self.before.items():
                 parameters[name].copy_(value)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the trained weights as they are now, the settings and the history; all or nothing.
+
+        Raises FileExistsError rather than overwrite a folder.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists already: choose another folder, or remove it first")
+        draft = folder.with_name(folder.name + ".part")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        now = dict(self.pipe.unet.named_parameters())
+        save_file({n: now[n].detach().cpu().contiguous() for n in self.before}, draft / "weights.safetensors")
+        about = {"concept": self.concept, "objective": self.objective, "seconds": self.seconds}
+        (draft / "run.json").write_text(json.dumps(about | {"config": asdict(self.config)}, indent=1))
+        self.history.to_csv(draft / "history.csv")
+        os.replace(draft, folder)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, pipe: StableDiffusionPipeline) -> UnlearningRun:
+        """Puts the weights that :meth:`save` wrote into ``pipe``; ``restore()`` takes them out again.
+
+        Raises FileNotFoundError when the folder holds no run, ValueError when it is another model's.
+        """
+        folder = Path(folder)
+        if not (folder / "run.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no run.json: expected a folder written by run.save(folder)"
+            )
+        about = json.loads((folder / "run.json").read_text())
+        weights = load_file(folder / "weights.safetensors")
+        parameters = dict(pipe.unet.named_parameters())
+        strange = [n for n, w in weights.items() if n not in parameters or parameters[n].shape != w.shape]
+        if strange:
+            raise ValueError(
+                f"{folder} belongs to another model: {strange[0]} and {len(strange) - 1} more do not fit"
+            )
+        before = {n: parameters[n].detach().cpu().clone() for n in weights}
+        with torch.no_grad():
+            for name, weight in weights.items():
+                parameters[name].copy_(weight)
+        config = UnlearnConfig.from_json(json.dumps(about.pop("config")))
+        history = pd.read_csv(folder / "history.csv", index_col="step")
+        return cls(pipe=pipe, config=config, history=history, before=before, **about)
 
 
 def unlearn(
@@ -326,6 +555,7 @@ def unlearn(
     memory: Pictures | None = None,
     on_step: Callable[[UnlearnState], None] | None = None,
     progress: bool = True,
+    objective: Objective = DUGE,
 ) -> UnlearningRun:
     """Makes ``pipe`` forget ``concept``, in place: ``duge.unlearn(pipe, "apple")``.
 
@@ -336,12 +566,12 @@ def unlearn(
     chosen = TRAINABLE[config.train]
     before = {n: p.detach().cpu().clone() for n, p in pipe.unet.named_parameters() if chosen(n)}
     rows: list[dict] = []
-    steps = unlearn_steps(pipe, concept, config, memory)
+    steps = unlearn_steps(pipe, concept, config, memory, objective)
     bar = tqdm(steps, total=config.iterations, desc=f"forgetting {concept}", disable=not progress)
     try:
         for state in bar:
             rows.append(asdict(state))
-            bar.set_postfix(attention=f"{state.attention:.3f}", prior=f"{state.prior:.4f}")
+            bar.set_postfix(forget=f"{state.forget:.3f}", prior=f"{state.prior:.4f}")
             if on_step is not None:
                 on_step(state)
     except KeyboardInterrupt:
@@ -349,6 +579,7 @@ def unlearn(
     finally:
         steps.close()
         bar.close()
-    columns = ["step", "loss", "attention", "prior", "regularization"]
+    columns = [f.name for f in fields(UnlearnState) if f.name != "iterations"]
     history = pd.DataFrame(rows, columns=columns).set_index("step")
-    return UnlearningRun(pipe, concept, config, history, time.perf_counter() - started, before)
+    seconds = time.perf_counter() - started
+    return UnlearningRun(pipe, concept, config, history, seconds, before, objective.name)

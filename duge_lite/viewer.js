@@ -351,12 +351,15 @@
     const theme = () => {
       let node = host, rgb = null;
       while (node && !rgb) {
-        const [r, g, b, a = 1] = (getComputedStyle(node).backgroundColor.match(/[\d.]+/g) || [0, 0, 0, 0]).map(Number);
-        if (a > 0.5) rgb = [r, g, b];
+        const painted = getComputedStyle(node).backgroundColor;
+        const [r, g, b, a = 1] = (painted.match(/[\d.]+/g) || [0, 0, 0, 0]).map(Number);
+        const unit = painted.startsWith("color(") ? 255 : 1;
+        if (a > 0.5) rgb = [r * unit, g * unit, b * unit];
         node = node.parentElement;
       }
+      const said = `${document.body.className} ${document.documentElement.getAttribute("theme")}`;
       const dark = rgb ? 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] < 128
-        : matchMedia("(prefers-color-scheme: dark)").matches;
+        : /vscode-dark|\bdark\b/.test(said) || matchMedia("(prefers-color-scheme: dark)").matches;
       frame.classList.toggle("dark", dark);
     };
     new MutationObserver(theme).observe(document.documentElement, { attributes: true });

@@ -24,7 +24,7 @@ from PIL import Image
 
 from .attention import AttentionTrace
 
-BUDGET = 1_300_000
+BUDGET = 1_000_000
 """How many numbers the maps of one page may hold, a byte each before compression."""
 COLORS = "inferno"
 """Perceptually even: equal steps of attention look equally far apart, also in grey."""
@@ -195,7 +195,7 @@ def _view(trace: AttentionTrace, budget: int) -> tuple[dict, list[str]]:
         "steps": [{"index": i + 1, "t": trace.timesteps[i]} for i in steps],
         "total": len(trace.timesteps),
         "layers": [
-            {"label": f"{layer_label(name) if name else 'all layers'}", "name": name, **_sprite(maps)}
+            {"label": layer_label(name) if name else "all layers", "name": name, **_sprite(maps)}
             for name, maps in layers.items()
         ],
         "previews": [_picture(trace.previews[i], 64 if small else 128) for i in steps if trace.previews],

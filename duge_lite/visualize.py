@@ -99,7 +99,7 @@ def contact_sheet(styles: Sequence[str] = STYLES, seed: int = 3) -> Plot:
 def loss_curves(history: pd.DataFrame, title: str = "The three losses while forgetting") -> Plot:
     """One panel per loss (unweighted, log scale), with a running mean; ``history`` as in UnlearningRun."""
     panels = {
-        "attention": "attention loss\n(forget: falls)",
+        "forget": "attention loss\n(forget: falls)",
         "prior": "prior-preservation loss\n(keep: stays small)",
         "regularization": "regularization loss\n(distance walked)",
     }

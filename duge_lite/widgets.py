@@ -6,6 +6,7 @@ app, and the controls come back. Everything works with ipywidgets 7 and 8.
 
 from __future__ import annotations
 
+import html
 from dataclasses import replace
 
 import ipywidgets as w
@@ -96,7 +97,7 @@ class ForgetControl(w.VBox):
     def _on_step(self, state: UnlearnState) -> None:
         self.progress.max, self.progress.value = state.iterations, state.step
         self.message.value = (
-            f"iteration {state.step} of {state.iterations}: attention loss {state.attention:.3f}"
+            f"iteration {state.step} of {state.iterations}: attention loss {state.forget:.3f}"
         )
 
     def _on_forget(self, _) -> None:
@@ -108,7 +109,7 @@ class ForgetControl(w.VBox):
             self.picture.value, self.picture.layout.display = figure.png(), ""
             self.message.value = f"Forgot “{self.concept.value}” in {self.run.seconds:.0f} seconds."
         except Exception as error:  # shown, not swallowed: a traceback inside a callback goes nowhere
-            self.message.value = f"<b>That did not work:</b> {error}"
+            self.message.value = f"<b>That did not work:</b> {html.escape(str(error))}"
         finally:
             self._busy(False)
 

@@ -330,6 +330,7 @@ def test_one_step_and_empty_prompt(pipe):
         ({"steps": 0}, "steps = 0: expected at least 1"),
         ({"prompt": ["a", "b"], "seed": [1]}, "2 prompts and 1 seeds"),
         ({"prompt": []}, "0 prompts"),
+        ({"num_images_per_prompt": 2}, "pass a list of prompts"),
     ],
 )
 def test_bad_arguments(pipe, options, sentence):

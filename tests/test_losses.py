@@ -13,6 +13,7 @@ from duge_lite.losses import (
     TARGET_KINDS,
     attention_target,
     cross_attention_loss,
+    estimate_importance,
     prior_preservation_loss,
     regularization_loss,
 )
@@ -322,3 +323,30 @@ def test_only_an_anchor_at_the_base_bounds_the_total_drift():
     # w^2 - w is least at 1/2: each task moves by 1/2 from its anchor
     assert [drift_after(n, "base") for n in (1, 5)] == pytest.approx([0.5, 0.5], abs=1e-3)
     assert [drift_after(n, "previous") for n in (1, 5)] == pytest.approx([0.5, 2.5], abs=1e-3)
+
+
+# Importance
+
+
+def test_importance_by_hand():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    scalars = [(w * torch.tensor([1.0, 3.0])).sum(), (w * torch.tensor([-1.0, 1.0])).sum()]
+    fisher = estimate_importance({"w": w}, iter(scalars), "fisher")["w"]  # 1 + 1, 9 + 1; mean 6
+    assert torch.allclose(fisher, torch.tensor([2.0, 10.0]) / 6)
+    scalars = [(w * torch.tensor([1.0, 3.0])).sum(), (w * torch.tensor([-1.0, 1.0])).sum()]
+    mas = estimate_importance({"w": w}, iter(scalars), "mas")["w"]  # 1 + 1, 3 + 1; mean 3
+    assert torch.allclose(mas, torch.tensor([2.0, 4.0]) / 3)
+
+
+def test_importance_of_an_unused_parameter_is_zero():
+    w, v = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    importance = estimate_importance({"w": w, "v": v}, [w.sum()])
+    assert importance["v"].tolist() == [0, 0] and importance["w"].tolist() == [2, 2]
+
+
+def test_importance_teaches():
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="'hessian' is unknown; choose one of fisher, mas"):
+        estimate_importance({"w": w}, [w.sum()], "hessian")
+    with pytest.raises(ValueError, match="at least one"):
+        estimate_importance({"w": w}, [])

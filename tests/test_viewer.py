@@ -1,4 +1,4 @@
-"""The viewer's HTML and the explorer's logic, without a browser (see test_browser.py for one)."""
+"""The viewer's HTML, the figures and the explorer's logic, without a browser (see test_browser.py)."""
 
 import base64
 import html.parser
@@ -14,6 +14,16 @@ from PIL import Image
 from duge_lite.attention import AttentionTrace, Token, read_tokens, trace
 from duge_lite.explorer import attention_explorer, draw_attention
 from duge_lite.viewer import compare, layer_label
+from duge_lite.visualize_attention import (
+    attention_difference,
+    concentration,
+    denoising,
+    heads,
+    token_shares,
+    word_overlay,
+    words_by_layer,
+    words_by_step,
+)
 
 DOODLE_LAYERS = {
     "down_blocks.0.attentions.0": 16,
@@ -183,6 +193,103 @@ def test_layers_of_one_block_are_averaged(tokenizer):
 )
 def test_layer_labels(name, label):
     assert layer_label(name) == label
+
+
+# Figures
+
+
+@pytest.fixture(scope="module")
+def noise(tokenizer):
+    return noise_trace("a photo of an apple next to an umbrella", tokenizer, steps=5, previews=True)
+
+
+def heat_maps(figure) -> list:
+    """The images of attention in a figure, without pictures and colour bars."""
+    return [i for axes in figure.axes for i in axes.images if i.get_array().dtype == np.float32]
+
+
+def test_word_overlay_shares_one_scale(noise):
+    figure = word_overlay(noise, ["apple", "umbrella", "apple next"])
+    maps = heat_maps(figure)
+    largest = max(noise.word(w).max() for w in ("apple", "umbrella", "apple next"))
+    assert len(maps) == 3 and {m.get_clim() for m in maps} == {(0, largest)}
+    np.testing.assert_array_equal(maps[1].get_array(), noise.word("umbrella"))
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert "share of a place's attention" in labels
+    assert "apple, most at the" in figure.alt and figure.png().startswith(b"\x89PNG")
+    assert len(heat_maps(word_overlay(noise))) == len({w.lower() for w in noise.words})
+    assert len(heat_maps(word_overlay(noise, "<start>"))) == 1
+
+
+def test_alternative_text_says_where(noise):
+    maps = {k: np.zeros_like(v) for k, v in noise.maps.items()}
+    for m in maps.values():
+        m[:, noise.positions("apple"), -1, 0] = 0.5
+    assert "apple, most at the lower left (50.0%)" in word_overlay(replace(noise, maps=maps), "apple").alt
+
+
+def test_words_by_step_and_by_layer(noise):
+    maps = heat_maps(words_by_step(noise, ["apple", "umbrella"], columns=3))
+    assert len(maps) == 6 and len({m.get_clim() for m in maps}) == 1
+    for column, step in enumerate((0, 2, 4)):
+        np.testing.assert_array_equal(maps[column].get_array(), noise.step(step).word("apple"))
+    figure = words_by_layer(noise, "apple")
+    maps = heat_maps(figure)
+    assert [m.get_array().shape[0] for m in maps] == [16, 8, 8, 8, 8, 16, 16]
+    assert figure.axes[0].get_title() == "down 0.0\n16×16"
+
+
+def test_heads_figure(noise):
+    by_head = replace(noise, maps={k: np.stack([v, v * 0], axis=1) for k, v in noise.maps.items()})
+    maps = heat_maps(heads(by_head.at(16), "apple"))
+    assert len(maps) == 6
+    assert maps[0].get_array().max() > 0 and maps[1].get_array().max() == 0
+    with pytest.raises(ValueError, match="heads=True"):
+        heads(noise, "apple")
+
+
+def test_difference_is_centred_on_zero(noise):
+    fainter = replace(noise, maps={k: v * np.float16(0.25) for k, v in noise.maps.items()})
+    figure = attention_difference(noise, fainter, "apple")
+    before, after, change = heat_maps(figure)
+    assert before.get_clim() == after.get_clim()
+    low, high = change.get_clim()
+    assert low == -high and high == pytest.approx(np.abs(change.get_array()).max())
+    np.testing.assert_allclose(change.get_array(), -0.75 * noise.word("apple"), rtol=0.02)
+    with pytest.raises(ValueError, match=r"\(16, 16\) and \(8, 8\)"):
+        attention_difference(noise, noise.at(8), "apple")
+
+
+def test_concentration_and_shares_show_the_numbers(noise):
+    (axes,) = concentration(noise, ["apple", "umbrella"]).axes
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), noise.concentration("umbrella"))
+    figure = token_shares(noise)
+    widths = [patch.get_width() for patch in figure.axes[0].patches]
+    assert sum(widths) == pytest.approx(1, abs=0.01)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    pads = sum(t.kind == "pad" for t in noise.tokens)
+    assert names[0] == "<start>" and names[-1] == f"<pad> × {pads}"
+
+
+def test_denoising_moves(noise, tmp_path):
+    film = denoising(noise, "apple", side=64)
+    film.save(tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as gif:
+        assert gif.n_frames == 5 and gif.info["loop"] == 0 and gif.size == (134, 86)
+        first = np.asarray(gif.convert("RGB"))
+        gif.seek(4)
+        assert gif.info["duration"] == 2000
+        assert not np.array_equal(np.asarray(gif.convert("RGB")), first)
+    assert 'alt="“a photo of' in film._repr_html_()
+    with pytest.raises(ValueError, match="previews=True"):
+        denoising(replace(noise, previews=()), "apple")
+
+
+def test_figures_of_an_empty_prompt(tokenizer):
+    empty = noise_trace("", tokenizer, steps=2)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        word_overlay(empty)
+    assert len(heat_maps(word_overlay(empty, ["<start>", "<pad>"]))) == 2
 
 
 # The explorer

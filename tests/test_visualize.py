@@ -51,16 +51,16 @@ def test_contact_sheet_shows_the_whole_world():
 
 def test_loss_curves_leave_out_a_zero_and_report_ends():
     history = pd.DataFrame(
-        {"attention": [1.0, 0.5], "prior": [0.1, 0.2], "regularization": [0.0, 1e-4]}, index=[1, 2]
+        {"forget": [1.0, 0.5], "prior": [0.1, 0.2], "regularization": [0.0, 1e-4]}, index=[1, 2]
     )
     figure = visualize.loss_curves(history)
     drawn = figure.axes[2].lines[0].get_ydata()
     assert np.isnan(drawn[0]) and drawn[1] == 1e-4
-    assert "attention 1 to 0.5" in figure.alt
+    assert "forget 1 to 0.5" in figure.alt
 
 
 def test_loss_curves_of_an_empty_history():
-    empty = pd.DataFrame(columns=["attention", "prior", "regularization"])
+    empty = pd.DataFrame(columns=["forget", "prior", "regularization"])
     assert len(visualize.loss_curves(empty).axes) == 3
 
 

@@ -489,25 +489,22 @@ def _half(model: torch.nn.Module, folder: Path) -> None:
 def assemble(
     out: Path, tokenizer: CLIPTokenizer, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2DConditionModel
 ) -> None:
-    """Writes ``doodle-sd`` in the plain diffusers layout."""
-    scheduler = DPMSolverMultistepScheduler.from_config(make_noise_scheduler().config)
-    pipe = StableDiffusionPipeline(
+    """Writes ``doodle-sd`` in the plain diffusers layout, denoiser and autoencoder in 16 bits."""
+    for part in (vae, unet):
+        part.to("cpu", torch.float16, memory_format=torch.contiguous_format)
+    StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_tower(clip),
+        # plain from_pretrained loads the text encoder in the file's precision, and all else in 32 bits
+        text_encoder=text_tower(clip).float(),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=DPMSolverMultistepScheduler.from_config(make_noise_scheduler().config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    )
-    pipe.to("cpu", torch.float16)
-    # plain from_pretrained loads the text encoder in the file's precision, and all else in 32 bits
-    pipe.text_encoder.float()
+    ).save_pretrained(out, safe_serialization=True)
     for part in (vae, unet):
-        part.to(memory_format=torch.contiguous_format)
-    pipe.save_pretrained(out, safe_serialization=True)
-    pipe.to(torch.float32)
+        part.float()
 
 
 def text_tower(clip: CLIPModel) -> CLIPTextModel:

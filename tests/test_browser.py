@@ -1,0 +1,342 @@
+"""The viewer and the explorer in a real Chromium: a real JupyterLab, and a plain page.
+
+Skipped where Chromium is missing. ``DUGE_SCREENSHOTS=folder`` keeps pictures of what the browser showed.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbconvert import HTMLExporter
+from test_viewer import noise_trace
+
+from duge_lite.attention import AttentionTrace
+from duge_lite.viewer import compare
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)"),
+]
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "an apple next to an apple and an umbrella"
+NASTY = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A fresh page; the test fails when a script on it does, or opens a dialog."""
+    page = browser.new_page(viewport={"width": 1100, "height": 1000})
+    page.set_default_timeout(60_000)
+    faults = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
+    yield page
+    page.close()
+    assert faults == []
+
+
+def look(page, name: str) -> None:
+    if folder := os.environ.get("DUGE_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def blobs(tokenizer, prompt: str = PROMPT, **places: tuple[float, float]) -> AttentionTrace:
+    """A trace in which each named word looks at one place, more sharply from step to step."""
+    t = noise_trace(prompt, tokenizer, steps=5, previews=True)
+    for maps in t.maps.values():
+        y, x = (np.mgrid[0 : maps.shape[-2], 0 : maps.shape[-1]] + 0.5) / maps.shape[-1]
+        maps[:] = 0.01
+        for step in range(5):
+            for word, (cy, cx) in places.items():
+                spot = 0.1 * (step + 1) * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 0.02)
+                maps[step, t.positions(word)] += spot.astype(np.float16)
+        maps[:, 0] = 1 - maps[:, 1:].astype(np.float32).sum(axis=1)
+    return t
+
+
+def open_page(page, tmp_path, body: str, background: str = "white"):
+    path = tmp_path / "page.html"
+    path.write_text(
+        f'<!doctype html><meta charset="utf-8"><body style="background: {background}">{body}', "utf-8"
+    )
+    page.goto(path.as_uri())
+    page.locator("section.viewer").first.wait_for()
+    return page.locator("section.viewer")
+
+
+def pixels(page, canvas, x: float, y: float) -> list[int]:
+    """The colour that the canvas shows at a place, given in parts of its size."""
+    script = """(c, [x, y]) => [...c.getContext('2d').getImageData(
+        Math.floor(x * c.width), Math.floor(y * c.height), 1, 1).data]"""
+    return canvas.evaluate(script, [x, y])
+
+
+def brightness(page, canvas, x: float, y: float) -> int:
+    return sum(pixels(page, canvas, x, y)[:3])
+
+
+# ---------------------------------------------------------------------------- a plain page
+
+
+def test_hovering_and_focusing_light_a_word_up(page, tmp_path, tokenizer):
+    t = blobs(tokenizer, apple=(0.25, 0.25), umbrella=(0.75, 0.75))
+    viewer = open_page(page, tmp_path, t._repr_html_())
+    canvas, chips = viewer.locator("figure canvas"), viewer.get_by_role("button")
+    viewer.get_by_label("Opacity", exact=True).fill("100")
+    chips.filter(has_text="umbrella").hover()
+    assert brightness(page, canvas, 0.75, 0.75) > 2 * brightness(page, canvas, 0.25, 0.25)
+    assert "Where “umbrella” looks" in canvas.get_attribute("aria-label")
+    chips.filter(has_text="apple").first.focus()
+    page.mouse.move(1, 1)
+    assert brightness(page, canvas, 0.25, 0.25) > 2 * brightness(page, canvas, 0.75, 0.75)
+    # over the picture, the words tell what that place looks at
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.75 * box["height"])
+    shares = chips.locator(".share").all_inner_texts()
+    words = chips.locator(".text").all_inner_texts()
+    numbers = {w: float(s.split()[0]) for w, s in zip(words, shares, strict=True) if s}
+    assert max(numbers, key=numbers.get) == "umbrella"
+    look(page, "viewer")
+
+
+def test_everything_by_keyboard(page, tmp_path, tokenizer):
+    t = blobs(tokenizer, apple=(0.25, 0.25), umbrella=(0.75, 0.75))
+    viewer = open_page(page, tmp_path, compare(t, t)._repr_html_())
+    page.keyboard.press("Tab")
+    focused = page.evaluate("document.activeElement.shadowRoot.activeElement.innerText")
+    assert focused.split()[0] in t.words
+    page.keyboard.press("Home")
+    pressed = viewer.locator(".chip[aria-pressed=true] .text")
+    seen = [pressed.inner_text()]
+    for _ in range(len(t.words) - 1):
+        page.keyboard.press("ArrowRight")
+        seen.append(pressed.inner_text())
+    assert seen == list(t.words), "both apples can be reached"
+    step = viewer.get_by_label("Step", exact=True)
+    for key, value in ((".", "1"), (".", "2"), (",", "1")):
+        page.keyboard.press(key)
+        assert step.input_value() == value
+    assert step.get_attribute("aria-valuetext") == "step 1 of 5"
+    page.keyboard.press("]")
+    assert viewer.get_by_label("Layer", exact=True).get_attribute("aria-valuetext") == "down 0.0 (16×16)"
+    figures = viewer.locator("figure")
+    assert [figures.nth(i).is_visible() for i in (0, 1)] == [True, True]
+    page.keyboard.press("c")
+    assert [figures.nth(i).is_visible() for i in (0, 1)] == [True, False]
+    page.keyboard.press("c")
+    assert [figures.nth(i).is_visible() for i in (0, 1)] == [False, True]
+    page.keyboard.press("p")
+    page.wait_for_function("e => e.value === '5'", arg=step.element_handle())
+    page.wait_for_timeout(800)
+    assert viewer.get_by_role("button", name="Play the steps").is_visible(), "it stops at the end"
+
+
+def test_special_positions_on_request(page, tmp_path, tokenizer):
+    t = blobs(tokenizer, apple=(0.25, 0.25))
+    viewer = open_page(page, tmp_path, t._repr_html_())
+    start = viewer.locator(".chip.start")
+    assert not start.is_visible()
+    viewer.get_by_label("start, end, padding").check()
+    assert start.is_visible() and viewer.locator(".chip.pad").is_visible()
+    shown = float(start.locator(".share").inner_text().split()[0]) / 100
+    assert abs(shown - t.kinds()["start"]) < 0.006
+
+
+def test_a_vanished_word_stays_dark_on_the_common_scale(page, tmp_path, tokenizer):
+    before = blobs(tokenizer, apple=(0.25, 0.25))
+    after = blobs(tokenizer, umbrella=(0.75, 0.75))
+    viewer = open_page(page, tmp_path, compare(before, after)._repr_html_(), background="#111")
+    viewer.get_by_label("Opacity", exact=True).fill("100")
+    viewer.locator(".chip").filter(has_text="apple").first.focus()
+    first, second = (viewer.locator("figure canvas").nth(i) for i in (0, 1))
+    assert brightness(page, first, 0.25, 0.25) > 3 * brightness(page, second, 0.25, 0.25)
+    assert "dark" in viewer.get_attribute("class")
+    look(page, "compare-dark")
+
+
+def test_two_viewers_on_one_page_do_not_disturb_each_other(page, tmp_path, tokenizer):
+    a, b = blobs(tokenizer, apple=(0.2, 0.2)), blobs(tokenizer, NASTY)
+    body = a._repr_html_() + b._repr_html_() + a._repr_html_()  # the first one twice
+    viewers = open_page(page, tmp_path, body, background="#111")
+    page.wait_for_timeout(300)
+    assert viewers.count() == 3
+    viewers.nth(0).get_by_label("Step", exact=True).fill("3")
+    steps = [viewers.nth(i).get_by_label("Step", exact=True).input_value() for i in range(3)]
+    assert steps == ["3", "0", "0"]
+    assert "dark" in viewers.nth(1).get_attribute("class")
+    shown = viewers.nth(1).locator(".chip.word .text").all_inner_texts()
+    assert shown == list(b.words), "the prompt is shown as text; a dialog would fail the test"
+
+
+def test_light_follows_the_page(page, tmp_path, tokenizer):
+    viewer = open_page(page, tmp_path, blobs(tokenizer, apple=(0.2, 0.2))._repr_html_())
+    assert "dark" not in viewer.get_attribute("class")
+    page.evaluate("document.body.style.background = '#111'")
+    page.wait_for_timeout(100)
+    assert "dark" in viewer.get_attribute("class")
+
+
+def test_without_scripts_the_picture_remains(browser, tmp_path, tokenizer):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    path = tmp_path / "page.html"
+    path.write_text(blobs(tokenizer, apple=(0.2, 0.2))._repr_html_(), "utf-8")
+    page.goto(path.as_uri())
+    assert page.get_by_alt_text("picture drawn from: " + PROMPT).is_visible()
+    context.close()
+
+
+def test_in_exported_html(page, tmp_path, tokenizer):
+    t = blobs(tokenizer, apple=(0.25, 0.25))
+    output = nbformat.v4.new_output("execute_result", {"text/html": t._repr_html_(), "text/plain": "x"})
+    cell = nbformat.v4.new_code_cell("trace", execution_count=1, outputs=[output])
+    body, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    (tmp_path / "notebook.html").write_text(body, "utf-8")
+    page.route("https://**", lambda route: route.abort())  # MathJax and the like: we need none of it
+    page.goto((tmp_path / "notebook.html").as_uri())
+    viewer = page.locator("section.viewer")
+    viewer.get_by_label("Step", exact=True).fill("5")
+    assert "step 5 of 5" in viewer.locator("canvas[role=img]").get_attribute("aria-label")
+
+
+# ---------------------------------------------------------------------------- JupyterLab
+
+CELLS = [
+    """import duge_lite as duge
+from duge_lite.explorer import attention_explorer
+pipe = duge.load_pipeline("tiny")
+app = attention_explorer(pipe, pipe, prompt="a photo of an apple")
+app.steps.value = 4
+app""",
+    """duge.trace(pipe, "an apple next to an umbrella", steps=4)""",
+    """pipe = None  # from here on, drawing fails
+app.pipes = (None,)""",
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, tiny_master):
+    """The address of a real JupyterLab on a folder with one notebook and a tiny model."""
+    folder = tmp_path_factory.mktemp("lab")
+    tiny_master.save_pretrained(folder / "tiny")
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "see.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home = tmp_path_factory.mktemp("home")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(home),
+        "JUPYTER_CONFIG_DIR": str(home),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+    }
+    options = ["--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    options += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}", "--LabApp.news_url="]
+    log = (home / "log.txt").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log, cwd=folder
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (home / "log.txt").read_text()
+            try:
+                urllib.request.urlopen(f"{address}/api", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+        log.close()
+
+
+def run_cell(page, index: int) -> None:
+    page.locator(".jp-Notebook .jp-CodeCell").nth(index).locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Control+Enter")
+
+
+def test_in_jupyterlab(page, lab):
+    page.goto(f"{lab}/lab/tree/see.ipynb?reset")
+    page.locator(".jp-Notebook").wait_for()
+    cells = page.locator(".jp-Notebook .jp-CodeCell")
+    cells.nth(0).wait_for()
+    count = cells.count()
+    run_cell(page, 0)
+    draw = page.get_by_role("button", name="Draw")
+    draw.wait_for(timeout=120_000)
+
+    # the explorer draws: controls go off and come back, the bar moves, two pictures appear
+    page.evaluate(
+        """() => { window.seen = {off: false, bar: []};
+        new MutationObserver(() => {
+          const button = [...document.querySelectorAll('button')].find(b => b.innerText.includes('Draw'));
+          const bar = document.querySelector('.jp-OutputArea .progress-bar');
+          if (button && button.disabled) window.seen.off = true;
+          if (bar) window.seen.bar.push(bar.style.width);
+        }).observe(document.body, {subtree: true, attributes: true, childList: true}); }"""
+    )
+    draw.click()
+    viewer = cells.nth(0).locator("section.viewer")
+    viewer.wait_for(timeout=120_000)
+    assert viewer.locator("figure canvas").count() == 2
+    page.wait_for_function("() => window.seen.off && new Set(window.seen.bar).size >= 3")
+    assert draw.is_enabled()
+    look(page, "explorer-in-jupyterlab")
+
+    # the viewer by itself, as the value of a cell; its keys are its own and not the notebook's
+    run_cell(page, 1)
+    viewer = cells.nth(1).locator("section.viewer")
+    viewer.wait_for(timeout=120_000)
+    viewer.locator(".chip").first.click()
+    before = viewer.locator(".chip[aria-pressed=true] .text").inner_text()
+    for key in ("ArrowRight", "ArrowDown", ".", "c", "b", "a", "x", "d", "d", "m"):
+        page.keyboard.press(key)
+    assert viewer.locator(".chip[aria-pressed=true] .text").inner_text() != before
+    assert viewer.get_by_label("Step", exact=True).input_value() == "1"
+    assert cells.count() == count, "a key reached the notebook"
+    assert page.locator(".jp-MarkdownCell").count() == 0, "a key reached the notebook"
+    viewer.scroll_into_view_if_needed()
+    look(page, "viewer-in-jupyterlab")
+
+    # dark theme, at once
+    assert "dark" not in viewer.get_attribute("class")
+    page.evaluate("document.body.style.setProperty('--jp-layout-color0', '#111')")
+    page.evaluate("document.body.setAttribute('data-jp-theme-light', 'false')")
+    page.wait_for_function("e => e.classList.contains('dark')", arg=viewer.element_handle())
+
+    # a failing model is one sentence in the widget, and the controls come back
+    run_cell(page, 2)
+    page.wait_for_timeout(1500)
+    draw.click()
+    alert = cells.nth(0).get_by_role("alert")
+    alert.wait_for()
+    assert "NoneType" in alert.inner_text() and "\n" not in alert.inner_text().strip()
+    assert draw.is_enabled()
