@@ -12,7 +12,7 @@ import duge_lite as duge
 from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, draw
 from duge_lite.doodles.train import LABELS
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
-from duge_lite.evaluation import Judge, wilson_interval
+from duge_lite.evaluation import Judge, kid, wilson_interval
 
 COLUMNS = ["accuracy", "low", "high", "images", "mostly"]
 
@@ -110,7 +110,7 @@ def test_a_missing_judge_teaches(missing, tmp_path, monkeypatch):
         Judge.load(missing)
 
 
-def test_a_missing_shipped_judge_teaches(tmp_path, monkeypatch):
+def test_a_missing_doodle_judge_teaches(tmp_path, monkeypatch):
     monkeypatch.setattr(duge.evaluation, "data_dir", lambda: tmp_path)
     with pytest.raises(ModelNotFoundError, match="doodle-judge"):
         Judge.load()
@@ -293,3 +293,29 @@ def test_the_shipped_model_knows_its_whole_world(doodle_master, judge):
         prompts = [duge.doodles.prompt(name, style) for name in OBJECTS]
         images = duge.sample(doodle_master, prompts, seed=500)
         assert np.mean(np.array(judge.names(images, STYLES)) == style) >= 0.9
+
+
+# Distances between sets of pictures
+
+
+def drawings(name: str, first: int, count: int = 40) -> list:
+    return [draw(name, seed=first + i) for i in range(count)]
+
+
+def test_kid_tells_the_same_world_from_another(judge):
+    same = kid(drawings("apple", 0), drawings("apple", 1000), judge)
+    other = kid(drawings("apple", 0), drawings("harp", 1000), judge)
+    assert abs(same) < 0.1 * other
+
+
+def test_kid_is_repeatable_and_leaves_the_global_state_alone(tiny_judge):
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    a, b = drawings("apple", 0, 8), drawings("orange", 0, 8)
+    assert kid(a, b, tiny_judge) == kid(a, b, tiny_judge)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_kid_wants_more_than_one_picture(tiny_judge):
+    with pytest.raises(ValueError, match="1 and 8 pictures: expected at least two"):
+        kid(drawings("apple", 0, 1), drawings("apple", 0, 8), tiny_judge)

@@ -1,0 +1,174 @@
+"""One concept forgotten, many ways: the experiment that settles the defaults of UnlearnConfig.
+
+    python benchmarks/single.py                 # every setting; goes on where it stopped
+    python benchmarks/single.py --only DUGE     # settings whose name contains a text
+    python benchmarks/single.py --table         # only the table and the plot, from what is there
+
+Each cell (setting, target, seed) forgets, draws the same seeds as the base model, and lets the judge read:
+unlearning accuracy (UA), retention of the related concepts, of all other objects and of styles (relative to
+the base model), KID of retained pictures against the base model's, seconds. One line of json per cell.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import duge_lite as duge
+from duge_lite import baselines
+from duge_lite.evaluation import kid
+from duge_lite.unlearning import DUGE, Objective, UnlearnConfig, unlearn
+from duge_lite.visualize import Plot
+
+RESULTS = Path(__file__).parent / "results"
+TARGETS = ("apple", "umbrella", "car", "sunglasses", "broccoli")
+SEEDS = (0, 1, 2)
+BASE = UnlearnConfig()
+
+
+def settings() -> dict[str, tuple[UnlearnConfig, Objective | None]]:
+    """Name -> (config, objective); None stands for UCE, which has no loop."""
+    c = BASE
+    probs = replace(c, match="probs", target="clamped", scale=1.0, lambda_attention=5.0, lambda_prior=3.0)
+    plain = replace(c, lambda_prior=1.0)
+    return {
+        "DUGE": (c, DUGE),
+        "DUGE, target uncond": (replace(c, target="uncond"), DUGE),
+        "DUGE, eta 1": (replace(c, scale=1.0), DUGE),
+        "DUGE, maps, uncond": (replace(probs, target="uncond"), DUGE),
+        "DUGE, maps, negative": (replace(probs, target="negative"), DUGE),
+        "DUGE, maps, clamped": (probs, DUGE),
+        "DUGE, without attention": (replace(c, lambda_attention=0.0), DUGE),
+        "DUGE, without prior": (replace(c, lambda_prior=0.0), DUGE),
+        "DUGE, without regularization": (replace(c, lambda_regularization=0.0), DUGE),
+        "DUGE, attention only": (replace(c, lambda_prior=0.0, lambda_regularization=0.0), DUGE),
+        "DUGE, prior 10": (replace(c, lambda_prior=10.0), DUGE),
+        "DUGE, prior 1000": (replace(c, lambda_prior=1000.0), DUGE),
+        "DUGE, regularization 1000": (replace(c, lambda_regularization=1000.0), DUGE),
+        "DUGE, fisher": (replace(c, regularizer="fisher"), DUGE),
+        "DUGE, mas": (replace(c, regularizer="mas"), DUGE),
+        "DUGE, memory 16": (replace(c, memory_size=16), DUGE),
+        "DUGE, lr 3e-4": (replace(c, lr=3e-4), DUGE),
+        "DUGE, true noise": (replace(c, preserve="noise"), DUGE),
+        "DUGE, K and V only": (replace(c, train="kv"), DUGE),
+        "DUGE, all weights": (replace(c, train="full", lr=1e-4), DUGE),
+        "ESD-x": (plain, baselines.esd()),
+        "ESD-x, no prior": (replace(plain, lambda_prior=0.0, lambda_regularization=0.0), baselines.esd()),
+        "concept ablation": (plain, baselines.concept_ablation("star")),
+        "gradient ascent": (replace(plain, lr=1e-4), baselines.gradient_ascent()),
+        "UCE": (c, None),
+    }
+
+
+class Bench:
+    """The base model's pictures and numbers, and the measure of every other model against them."""
+
+    def __init__(self, images: int) -> None:
+        self.pipe, self.judge, self.images = duge.load_pipeline(), duge.Judge.load(), images
+        self.card = duge.model_card(self.pipe)
+        self.base = self.look()
+
+    def look(self) -> dict:
+        """Accuracies per object and per style, and the pictures of the objects."""
+        card, n = self.card, self.images
+        seeds = [10_000 + i for _ in card.concepts for i in range(n)]
+        photos = duge.sample(
+            self.pipe, [card.prompt(c) for c in card.concepts for _ in range(n)], seeds, card.sampling_steps
+        )
+        named = np.asarray(self.judge.names(photos, card.concepts)).reshape(len(card.concepts), n)
+        accuracy = {c: float((row == c).mean()) for c, row in zip(card.concepts, named, strict=True)}
+        prompts = [(c, s) for s in card.styles[1:] for c in card.concepts]
+        styled = duge.sample(self.pipe, [card.prompt(c, s) for c, s in prompts], 50_000, card.sampling_steps)
+        styles = np.asarray(self.judge.names(styled, card.styles)) == [s for _, s in prompts]
+        return {"accuracy": accuracy, "styles": styles, "prompts": prompts, "photos": photos}
+
+    def measure(self, concept: str) -> dict:
+        now, base, n = self.look(), self.base, self.images
+        related = [c for c in self.card.related.get(concept, ()) if c != concept]
+        others = [c for c in self.card.concepts if c != concept]
+        kept = np.repeat([c != concept for c in self.card.concepts], n)
+        mine = np.array([c != concept for c, _ in base["prompts"]])
+
+        def mean(look: dict, names: list[str]) -> float:
+            return float(np.mean([look["accuracy"][c] for c in names]))
+
+        pictures = [[p for p, k in zip(look["photos"], kept, strict=True) if k] for look in (base, now)]
+        return {
+            "UA": 1 - now["accuracy"][concept],
+            "related": mean(now, related) / mean(base, related) if related else None,
+            "others": mean(now, others) / mean(base, others),
+            "styles": float(now["styles"][mine].mean() / base["styles"][mine].mean()),
+            "KID": kid(*pictures, self.judge),
+        }
+
+    def run(self, name: str, concept: str, seed: int) -> dict:
+        config, objective = settings()[name]
+        if objective is None:
+            run = baselines.uce(self.pipe, concept)
+        else:
+            run = unlearn(self.pipe, concept, replace(config, seed=seed), progress=False, objective=objective)
+        try:
+            cell = {"setting": name, "target": concept, "seed": seed, "images": self.images}
+            return cell | self.measure(concept) | {"seconds": run.seconds, "iterations": len(run.history)}
+        finally:
+            run.restore()
+
+
+def read(path: Path) -> pd.DataFrame:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return pd.DataFrame([json.loads(line) for line in lines])
+
+
+def summarise(path: Path) -> None:
+    """Prints the table (mean over targets and seeds) and draws UA against retention."""
+    cells = read(path)
+    measures = ["UA", "related", "others", "styles", "KID", "seconds"]
+    table = cells.groupby("setting", sort=False)[measures].mean()
+    table.insert(0, "cells", cells.groupby("setting").size())
+    print(table.round(3).to_string())
+    table.round(4).to_csv(path.with_suffix(".csv"))
+    figure = Plot(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for name, row in table.iterrows():
+        ours = name.startswith("DUGE")
+        axes.plot(row.others, row.UA, "o" if ours else "s", color="#35618f" if ours else "#c8553d", ms=7)
+        axes.annotate(name, (row.others, row.UA), fontsize=7, xytext=(5, 3), textcoords="offset points")
+    axes.set(xlabel="retention of all other objects", ylabel="unlearning accuracy")
+    axes.set_title("Forgetting one concept: further up and to the right is better", fontsize=11)
+    axes.grid(alpha=0.25)
+    path.with_suffix(".png").write_bytes(figure.png())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--targets", nargs="*", default=TARGETS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--images", type=int, default=8, help="pictures per object")
+    parser.add_argument("--out", type=Path, default=RESULTS / "single.jsonl")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        done = read(args.out)
+        finished = set() if done.empty else set(zip(done.setting, done.target, done.seed, strict=True))
+        bench = Bench(args.images)
+        for seed in args.seeds:  # a full round of settings and targets before the next seed
+            for name in [n for n in settings() if args.only in n]:
+                for target in args.targets:
+                    if (name, target, seed) in finished:
+                        continue
+                    started = time.perf_counter()
+                    cell = bench.run(name, target, seed)
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(cell) + "\n")
+                    print(f"{name}, {target}, {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    summarise(args.out)
+
+
+if __name__ == "__main__":
+    main()
