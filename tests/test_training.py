@@ -22,6 +22,7 @@ class Miniature(Recipe):
     clip_steps: int = 4
     autoencoder_steps: int = 4
     judge_steps: int = 4
+    decoder_steps: int = 4
     unet_steps: int = 5
     save_every: int = 2
 
@@ -154,7 +155,7 @@ def test_a_pool_of_processes_draws_the_same_world(tmp_path):
 @pytest.mark.slow
 def test_all_stages_write_their_folders(trained):
     out, work, names = trained
-    assert names == ["world", "tokenizer", "clip", "autoencoder", "judge", "unet"]
+    assert names == ["world", "tokenizer", "clip", "autoencoder", "judge", "unet", "decoder"]
     assert {p.name for p in out.iterdir()} == {"doodle-clip", "doodle-judge", "doodle-sd"}
     pickled = {".bin", ".pt", ".ckpt", ".pkl"}
     assert not [p for p in out.rglob("*") if p.suffix in pickled]
@@ -206,7 +207,7 @@ class Stop(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["clip", "autoencoder", "judge", "unet"])
+@pytest.mark.parametrize("stage", ["clip", "autoencoder", "judge", "unet", "decoder"])
 def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(trained, tmp_path, stage, monkeypatch):
     out, work, names = trained
     # the stages before are done, this one is cut off after its first checkpoint

@@ -335,9 +335,10 @@ def _picture_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return F.l1_loss(decoded, images) + 0.5 * edges
 
 
-def polish_decoder(vae: AutoencoderKL, world: World, recipe: Recipe, work: Path) -> None:
+def polish_decoder(
+    vae: AutoencoderKL, world: World, latents: torch.Tensor, recipe: Recipe, work: Path
+) -> None:
     """Trains the decoder some more, in place; the encoder, and so the latents, stay as they are."""
-    latents = encode(vae, world, range(len(world.scenes)))
     vae.requires_grad_(True)
 
     def loss_of(decoder: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
@@ -431,9 +432,9 @@ def _unique_embeddings(
 
 def train_unet(
     world: World,
+    latents: torch.Tensor,
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
-    vae: AutoencoderKL,
     recipe: Recipe,
     work: Path,
     stage: str = "unet",
@@ -443,7 +444,6 @@ def train_unet(
     if _device().type == "cpu":  # there the fused attention's backward pass costs 40 % of a step
         model.set_attn_processor(AttnProcessor())
     scheduler = make_noise_scheduler()
-    latents = encode(vae, world, range(len(world.scenes))) * vae.config.scaling_factor
     states, which = _unique_embeddings(world, tokenizer, text_encoder)
     weights = compute_snr(scheduler, torch.arange(len(scheduler.betas)))
     weights = weights.clamp(max=5.0) / weights  # min-SNR-5 for noise prediction
@@ -546,20 +546,24 @@ def stages(recipe: Recipe, out: Path, work: Path, without: str | None = None) ->
     vae = train_autoencoder(world, recipe, work)
     yield "autoencoder"
     if without:
-        stage = f"unet-without-{without.replace(' ', '-')}"
-        unet = train_unet(world.without(without), tokenizer, text_tower(clip), vae, recipe, work, stage)
+        world, stage = world.without(without), f"unet-without-{without.replace(' ', '-')}"
+        latents = encode(vae, world, range(len(world.scenes)))
+        scaled = latents * vae.config.scaling_factor
+        unet = train_unet(world, scaled, tokenizer, text_tower(clip), recipe, work, stage)
         _half(unet, out / f"doodle-oracle-{without.replace(' ', '-')}" / "unet")
         yield "unet"
-    else:
-        judge = train_judge(world, recipe, work)
-        _half(judge, out / "doodle-judge")
-        image_processor().save_pretrained(out / "doodle-judge")
-        yield "judge"
-        unet = train_unet(world, tokenizer, text_tower(clip), vae, recipe, work)
-        yield "unet"
-        polish_decoder(vae, world, recipe, work)
-        assemble(out / "doodle-sd", tokenizer, clip, vae, unet)
-        yield "decoder"
+        return
+    judge = train_judge(world, recipe, work)
+    _half(judge, out / "doodle-judge")
+    image_processor().save_pretrained(out / "doodle-judge")
+    yield "judge"
+    latents = encode(vae, world, range(len(world.scenes)))
+    scaled = latents * vae.config.scaling_factor
+    unet = train_unet(world, scaled, tokenizer, text_tower(clip), recipe, work)
+    yield "unet"
+    polish_decoder(vae, world, latents, recipe, work)
+    assemble(out / "doodle-sd", tokenizer, clip, vae, unet)
+    yield "decoder"
 
 
 def main() -> None:
