@@ -21,8 +21,8 @@ import pandas as pd
 import duge_lite as duge
 from duge_lite import baselines
 from duge_lite.evaluation import kid
+from duge_lite.plot import Plot
 from duge_lite.unlearning import DUGE, Objective, UnlearnConfig, unlearn
-from duge_lite.visualize import Plot
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("apple", "umbrella", "car", "sunglasses", "broccoli")

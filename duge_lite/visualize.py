@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from PIL import Image
 
 from .doodles.draw import OBJECTS, STYLES, draw
+from .plot import Plot
+from .visualize_attention import (
+    attention_difference,
+    concentration,
+    denoising,
+    heads,
+    token_shares,
+    word_overlay,
+    words_by_layer,
+    words_by_step,
+)
+
+__all__ = [
+    "accuracy_plot", "attention_difference", "concentration", "contact_sheet", "denoising", "heads",
+    "image_grid", "loss_curves", "token_shares", "word_overlay", "words_by_layer", "words_by_step",
+]  # fmt: skip
 
 KEPT, LOST, ACCENT = "#35618f", "#c8553d", "#5b5b66"  # told apart by lightness too
-
-
-class Plot(Figure):
-    """A matplotlib Figure that shows itself in a notebook, with alternative text for who cannot see it.
-
-    It needs no pyplot and no "current figure": nothing is global, and nothing is left open.
-    """
-
-    alt: str = ""
-
-    def png(self) -> bytes:
-        """The figure as PNG bytes, for widgets and files."""
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.06)
-        return buffer.getvalue()
-
-    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
-        return data, {"image/png": {"alt": self.alt}}
 
 
 def image_grid(

@@ -21,8 +21,8 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image, ImageDraw
 
 from .attention import AttentionTrace
+from .plot import Plot
 from .viewer import COLORS, layer_label
-from .visualize import Plot
 
 SHARE = "share of a place's attention"
 
@@ -263,7 +263,7 @@ class Animation:
         return f'<img src="data:image/gif;base64,{data}" alt="{html.escape(self.alt)}">'
 
 
-def denoising(trace: AttentionTrace, word: str, side: int = 224, seconds: float = 0.25) -> Animation:
+def denoising(trace: AttentionTrace, word: str, side: int = 192, seconds: float = 0.25) -> Animation:
     """The picture as it comes out of the noise, and beside it where ``word`` looks at that step.
 
     The trace was made with ``previews=True``. The last frame stays for two seconds. All steps share one

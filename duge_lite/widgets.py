@@ -15,8 +15,12 @@ from diffusers import StableDiffusionPipeline
 from IPython.display import display
 
 from . import visualize
+from .explorer import attention_explorer
 from .models import model_card, sample
+from .plot import Plot
 from .unlearning import UnlearnConfig, UnlearningRun, UnlearnState, unlearn
+
+__all__ = ["ForgetControl", "LiveLosses", "attention_explorer", "before_and_after"]
 
 
 class LiveLosses:
@@ -44,7 +48,7 @@ def before_and_after(
     bystanders: tuple[str, ...] | None = None,
     seed: int = 0,
     on_step=None,
-) -> tuple[visualize.Plot, UnlearningRun]:
+) -> tuple[Plot, UnlearningRun]:
     """Forgets ``concept`` in place and draws the same seeds before and after.
 
     The first three columns are the concept, then its related concepts and others. Returns the figure and

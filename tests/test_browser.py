@@ -234,6 +234,13 @@ app""",
     """pipe = None  # from here on, drawing fails
 app.pipes = (None,)""",
 ]
+FORGET = [
+    """import duge_lite as duge
+from duge_lite.widgets import ForgetControl
+pipe = duge.load_pipeline("tiny")
+sizes = dict(batch_size=2, memory_batch_size=2, target_size=2, memory_size=2)
+ForgetControl(pipe, duge.UnlearnConfig(iterations=10, **sizes))"""
+]
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +248,10 @@ def lab(tmp_path_factory, tiny_master):
     """The address of a real JupyterLab on a folder with one notebook and a tiny model."""
     folder = tmp_path_factory.mktemp("lab")
     tiny_master.save_pretrained(folder / "tiny")
-    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "see.ipynb")
+    for name, sources in {"see": CELLS, "forget": FORGET}.items():
+        cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -340,3 +348,22 @@ def test_in_jupyterlab(page, lab):
     alert.wait_for()
     assert "NoneType" in alert.inner_text() and "\n" not in alert.inner_text().strip()
     assert draw.is_enabled()
+
+
+def test_forgetting_in_jupyterlab(page, lab):
+    page.goto(f"{lab}/lab/tree/forget.ipynb?reset")
+    page.locator(".jp-Notebook").wait_for()
+    run_cell(page, 0)
+    forget, undo = (page.get_by_role("button", name=name) for name in ("Forget it", "Undo"))
+    forget.wait_for(timeout=120_000)
+    assert undo.is_disabled()
+    forget.click()
+    page.get_by_text("Forgot “apple” in").wait_for(timeout=120_000)
+    picture = page.locator(".jp-OutputArea img")
+    picture.wait_for()
+    assert picture.bounding_box()["width"] > 300
+    look(page, "forget-control-in-jupyterlab")
+    assert undo.is_enabled() and forget.is_enabled()
+    undo.click()
+    page.get_by_text("is back: the weights are as they were").wait_for()
+    assert undo.is_disabled()

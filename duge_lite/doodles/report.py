@@ -138,6 +138,15 @@ def report(out: Path, images: int = 25) -> None:
     print("| what | measured | to reach |\n|---|---|---|")
     for what, value, goal in table.itertuples(index=False):
         print(f"| {what} | {value:.3f} | {goal} |")
+    print("\n| model | million parameters |\n|---|---|")
+    parts = {
+        "denoiser": pipe.unet,
+        "autoencoder": pipe.vae,
+        "text encoder": pipe.text_encoder,
+        "judge": judge.model,
+    }
+    for name, part in parts.items():
+        print(f"| {name} | {sum(p.numel() for p in part.parameters()) / 1e6:.2f} |")
     print("\n| file | KB | sha256 |\n|---|---|---|")
     total = 0
     for path in sorted(out.glob("*/**/*.safetensors")):

@@ -69,7 +69,7 @@ class Recipe:
     clip_steps: int = 1_800
     autoencoder_steps: int = 4_500
     judge_steps: int = 1_600
-    decoder_steps: int = 1_500
+    decoder_steps: int = 900
     unet_steps: int = 7_000
     lr: float = 1e-3
     save_every: int = 250  # steps between checkpoints
