@@ -70,7 +70,7 @@ def blobs(tokenizer, prompt: str = PROMPT, **places: tuple[float, float]) -> Att
         maps[:] = 0.01
         for step in range(5):
             for word, (cy, cx) in places.items():
-                spot = 0.1 * (step + 1) * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 0.02)
+                spot = 0.06 * (step + 1) * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 0.02)
                 maps[step, t.positions(word)] += spot.astype(np.float16)
         maps[:, 0] = 1 - maps[:, 1:].astype(np.float32).sum(axis=1)
     return t
