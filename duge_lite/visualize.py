@@ -56,6 +56,7 @@ def image_grid(
                 axes.set_title(column_labels[j], fontsize=8, pad=3)
             if j == 0 and i < len(row_labels):
                 axes.set_ylabel(row_labels[i], rotation=0, ha="right", va="center", fontsize=9)
+    figure.alt = f"{title or 'Pictures'}: {height} rows of {width}. " + "; ".join(row_labels)
     if title:
         figure.text(
             0.5 * (1 + left / size[0]), 1 - 0.16 / size[1], title, ha="center", va="center", fontsize=11
@@ -106,7 +107,7 @@ def loss_curves(history: pd.DataFrame, title: str = "The three losses while forg
             axes.set_yscale("log")
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("iteration", fontsize=8)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, which="both")
         axes.grid(alpha=0.25)
     figure.suptitle(title, fontsize=11)
     ends = {c: (history[c].iloc[0], history[c].iloc[-1]) for c in panels} if len(history) else {}
