@@ -10,7 +10,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -252,7 +252,7 @@ def token_shares(trace: AttentionTrace) -> Plot:
 class Animation:
     """A GIF that shows itself in a notebook, with alternative text."""
 
-    gif: bytes
+    gif: bytes = field(repr=False)
     alt: str
 
     def save(self, path: str | Path) -> None:
