@@ -36,7 +36,8 @@ def sd14_size(device: torch.device) -> StableDiffusionPipeline:
     with torch.no_grad():
         for p in unet.parameters():
             p.uniform_(-0.02, 0.02)
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1)
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1, **ids)
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4),
         text_encoder=CLIPTextModel(text).eval(),
