@@ -494,8 +494,8 @@ def assemble(
         part.to("cpu", torch.float16, memory_format=torch.contiguous_format)
     StableDiffusionPipeline(
         vae=vae,
-        # the numbers of doodle-clip, which are 16 bits wide, but in a 32-bit file: plain from_pretrained loads
-        # the text encoder in the file's precision, and all else in 32 bits
+        # doodle-clip's own numbers, 16 bits wide, but in a 32-bit file: plain from_pretrained loads the text
+        # encoder in the file's precision, and all else in 32 bits
         text_encoder=text_tower(clip).half().float(),
         tokenizer=tokenizer,
         unet=unet,
