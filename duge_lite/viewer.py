@@ -20,6 +20,8 @@ from importlib.resources import files
 
 import matplotlib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .attention import AttentionTrace
@@ -95,13 +97,6 @@ def _shrink(maps: np.ndarray, side: int) -> np.ndarray:
     return maps
 
 
-def _enlarge(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest neighbour: (..., h, w) to (..., *size)."""
-    rows = np.arange(size[0]) * maps.shape[-2] // size[0]
-    columns = np.arange(size[1]) * maps.shape[-1] // size[1]
-    return maps[..., rows[:, None], columns]
-
-
 def _layers(trace: AttentionTrace, groups: Sequence[dict], budget: int) -> tuple[dict, range, int]:
     """Maps per attention block (steps, G, h, w), the steps that are kept, and the largest side.
 
@@ -128,7 +123,8 @@ def _layers(trace: AttentionTrace, groups: Sequence[dict], budget: int) -> tuple
     steps = range(count)[::-1][::stride][::-1]  # the last one always stays
     kept = {name: _shrink(m[list(steps)], side) for name, m in merged.items()}
     largest = max((m.shape[-2:] for m in kept.values()), key=math.prod)
-    mean = np.mean([_enlarge(m, largest) for m in kept.values()], axis=0)
+    enlarged = [F.interpolate(torch.from_numpy(m), size=largest, mode="bilinear") for m in kept.values()]
+    mean = torch.stack(enlarged).mean(dim=0).numpy()  # as AttentionTrace.word does it
     return {"": mean, **kept}, steps, side
 
 

@@ -7,7 +7,8 @@ was interrupted goes on where it was:
 2. ``clip``         a small CLIP, trained contrastively; its text tower is the pipeline's text encoder,
 3. ``autoencoder``  64x64x3 pictures to 16x16x4 latents and back,
 4. ``judge``        a ResNet that names objects, styles and backgrounds,
-5. ``unet``         the denoiser, trained on latents and captions (``--without apple``: the oracle),
+5. ``unet``         the denoiser, trained on latents and captions, at the end with two objects in every
+                    other picture: what lies where is learned last (``--without apple``: the oracle),
 6. ``decoder``      the autoencoder's second half again, on its own.
 
 Every batch is a function of (seed, stage, step) alone: a resumed run sees the batches that an
@@ -25,6 +26,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,7 @@ class Recipe:
     judge_steps: int = 1_600
     decoder_steps: int = 900
     unet_steps: int = 7_000
+    pair_steps: int = 5_000  # more steps of the denoiser, with two objects in every other picture
     lr: float = 1e-3
     save_every: int = 250  # steps between checkpoints
     captions_dropped: float = 0.1  # empty captions, for classifier-free guidance
@@ -448,8 +451,11 @@ def train_unet(
     weights = compute_snr(scheduler, torch.arange(len(scheduler.betas)))
     weights = weights.clamp(max=5.0) / weights  # min-SNR-5 for noise prediction
 
-    def loss_of(model: UNet2DConditionModel, generator: torch.Generator) -> torch.Tensor:
+    two = [i for i, s in enumerate(world.scenes) if len(s.objects) == 2]
+
+    def loss_of(model: UNet2DConditionModel, generator: torch.Generator, pairs: int = 0) -> torch.Tensor:
         index = _pick(len(latents), 32, generator)
+        index[:pairs] = [two[i] for i in _pick(len(two), pairs, generator)]
         column = torch.randint(CAPTIONS_PER_IMAGE, (32,), generator=generator)
         rows = which[index, column]
         rows[torch.rand(32, generator=generator) < recipe.captions_dropped] = len(states) - 1
@@ -460,7 +466,8 @@ def train_unet(
         error = (noise_pred.float() - noise.to(model.device)).square().mean(dim=(1, 2, 3))  # (B,)
         return (weights[timesteps].to(model.device) * error).mean()
 
-    return fit(stage, model, loss_of, recipe.unet_steps, recipe, work)
+    model = fit(stage, model, loss_of, recipe.unet_steps, recipe, work)
+    return fit(f"{stage}-pairs", model, partial(loss_of, pairs=16), recipe.pair_steps, recipe, work)
 
 
 def make_noise_scheduler() -> DDPMScheduler:
@@ -575,6 +582,7 @@ def main() -> None:
     parser.add_argument("--until", choices=STAGES, default="decoder", help="stop after this stage")
     parser.add_argument("--images", type=int, default=Recipe.images)
     parser.add_argument("--unet-steps", type=int, default=Recipe.unet_steps)
+    parser.add_argument("--pair-steps", type=int, default=Recipe.pair_steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--report", action="store_true", help="measure what is in OUT instead of training")
     parser.add_argument("--figures", action="store_true", help="draw the pictures of README and data card")
@@ -584,7 +592,7 @@ def main() -> None:
 
         (report if args.report else figures)(args.out)
         return
-    recipe = Recipe(images=args.images, unet_steps=args.unet_steps, seed=args.seed)
+    recipe = Recipe(args.images, args.seed, unet_steps=args.unet_steps, pair_steps=args.pair_steps)
     started = time.time()
     for stage in stages(recipe, args.out, args.work or args.out / ".training", args.without):
         print(f"{stage} done after {(time.time() - started) / 60:.1f} min", flush=True)
