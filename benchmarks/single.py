@@ -6,10 +6,13 @@
 
 Each cell (setting, target, seed) forgets, draws the same seeds as the base model, and lets the judge read:
 unlearning accuracy (UA), retention of the related concepts, of all other objects and of styles (relative to
-the base model), KID of retained pictures against the base model's, seconds. One line of json per cell.
+the base model), KID of retained pictures against the base model's, seconds, and how many pictures went
+through the UNet. One line of json per cell. The oracle, a denoiser that was trained without the concept, is
+measured in the same way where there is one in ``data/``.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import replace
@@ -17,21 +20,24 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from diffusers import UNet2DConditionModel
 
 import duge_lite as duge
 from duge_lite import baselines
 from duge_lite.evaluation import kid
+from duge_lite.lessons import DUGE, Objective, Pictures, draw_pictures, memory_prompts
 from duge_lite.plot import Plot
-from duge_lite.unlearning import DUGE, Objective, UnlearnConfig, unlearn
+from duge_lite.unlearning import UnlearnConfig, UnlearningRun, unlearn
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("apple", "umbrella", "car", "sunglasses", "broccoli")
 SEEDS = (0, 1, 2)
 BASE = UnlearnConfig()
+ORACLE = "oracle"  # retrained without the concept
 
 
 def settings() -> dict[str, tuple[UnlearnConfig, Objective | None]]:
-    """Name -> (config, objective); None stands for UCE, which has no loop."""
+    """Name -> (config, objective); None stands for what has no loop: UCE and the oracle."""
     c = BASE
     probs = replace(c, match="probs", target="clamped", scale=1.0, lambda_attention=5.0, lambda_prior=3.0)
     plain = replace(c, lambda_prior=1.0)
@@ -54,14 +60,22 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective | None]]:
         "DUGE, memory 16": (replace(c, memory_size=16), DUGE),
         "DUGE, lr 3e-4": (replace(c, lr=3e-4), DUGE),
         "DUGE, true noise": (replace(c, preserve="noise"), DUGE),
+        "DUGE, 64 lessons": (replace(c, lessons=64), DUGE),
         "DUGE, K and V only": (replace(c, train="kv"), DUGE),
+        "DUGE, LoRA": (replace(c, train="lora"), DUGE),
         "DUGE, all weights": (replace(c, train="full", lr=1e-4), DUGE),
         "ESD-x": (plain, baselines.esd()),
+        "ESD-x, prior 10": (replace(plain, lambda_prior=10.0), baselines.esd()),
         "ESD-x, no prior": (replace(plain, lambda_prior=0.0, lambda_regularization=0.0), baselines.esd()),
         "concept ablation": (plain, baselines.concept_ablation("star")),
         "gradient ascent": (replace(plain, lr=1e-4), baselines.gradient_ascent()),
         "UCE": (c, None),
+        ORACLE: (c, None),
     }
+
+
+def oracle_folder(concept: str) -> Path:
+    return duge.data_dir() / f"doodle-oracle-{concept.replace(' ', '-')}" / "unet"
 
 
 class Bench:
@@ -71,6 +85,17 @@ class Bench:
         self.pipe, self.judge, self.images = duge.load_pipeline(), duge.Judge.load(), images
         self.card = duge.model_card(self.pipe)
         self.base = self.look()
+        self.memories: dict[tuple[str, int], Pictures] = {}
+
+    def memory(self, concept: str, config: UnlearnConfig) -> Pictures:
+        """What ``unlearn`` would draw, drawn once for all settings."""
+        key = (concept, config.seed)
+        if key not in self.memories:
+            texts = memory_prompts(self.card, [concept], BASE.memory_size, config.seed)
+            drawn = draw_pictures(self.pipe, texts, seed=1_000_000 * (config.seed + 1) + 500_000)
+            self.memories = {key: drawn}
+        m, n = self.memories[key], config.memory_size
+        return Pictures(m.latents[:n], m.encoder_hidden_states[:n], m.prompts[:n])
 
     def look(self) -> dict:
         """Accuracies per object and per style, and the pictures of the objects."""
@@ -105,28 +130,50 @@ class Bench:
             "KID": kid(*pictures, self.judge),
         }
 
-    def run(self, name: str, concept: str, seed: int) -> dict:
+    def forget(self, name: str, concept: str, seed: int) -> UnlearningRun:
         config, objective = settings()[name]
-        if objective is None:
-            run = baselines.uce(self.pipe, concept)
-        else:
-            run = unlearn(self.pipe, concept, replace(config, seed=seed), progress=False, objective=objective)
+        config = replace(config, seed=seed)
+        if name == "UCE":
+            return baselines.uce(self.pipe, concept)
+        memory = self.memory(concept, config)
+        return unlearn(self.pipe, concept, config, memory, progress=False, objective=objective)
+
+    def run(self, name: str, concept: str, seed: int) -> dict:
+        cell = {"setting": name, "target": concept, "seed": seed, "images": self.images, "model": model()}
+        if name == ORACLE:
+            known = self.pipe.unet
+            self.pipe.unet = UNet2DConditionModel.from_pretrained(
+                oracle_folder(concept), use_safetensors=True
+            )
+            self.pipe.unet.float().eval()
+            try:
+                return cell | self.measure(concept)
+            finally:
+                self.pipe.unet = known
+        run = self.forget(name, concept, seed)
         try:
-            cell = {"setting": name, "target": concept, "seed": seed, "images": self.images}
-            return cell | self.measure(concept) | {"seconds": run.seconds, "iterations": len(run.history)}
+            budget = {"seconds": run.seconds, "iterations": len(run.history), "passes": run.passes}
+            return cell | self.measure(concept) | budget
         finally:
             run.restore()
 
 
+def model() -> str:
+    """Which denoiser was measured: another one makes the old cells worthless."""
+    weights = duge.data_dir() / "doodle-sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+
+
 def read(path: Path) -> pd.DataFrame:
     lines = path.read_text().splitlines() if path.exists() else []
-    return pd.DataFrame([json.loads(line) for line in lines])
+    cells = [json.loads(line) for line in lines]
+    return pd.DataFrame([cell for cell in cells if cell["model"] == model()])
 
 
 def summarise(path: Path) -> None:
     """Prints the table (mean over targets and seeds) and draws UA against retention."""
     cells = read(path)
-    measures = ["UA", "related", "others", "styles", "KID", "seconds"]
+    measures = ["UA", "related", "others", "styles", "KID", "seconds", "passes"]
     table = cells.groupby("setting", sort=False)[measures].mean()
     table.insert(0, "cells", cells.groupby("setting").size())
     print(table.round(3).to_string())
@@ -158,9 +205,10 @@ def main() -> None:
         finished = set() if done.empty else set(zip(done.setting, done.target, done.seed, strict=True))
         bench = Bench(args.images)
         for seed in args.seeds:  # a full round of settings and targets before the next seed
-            for name in [n for n in settings() if args.only in n]:
-                for target in args.targets:
-                    if (name, target, seed) in finished:
+            for target in args.targets:
+                for name in [n for n in settings() if args.only in n]:
+                    needless = name == ORACLE and (seed != SEEDS[0] or not oracle_folder(target).exists())
+                    if needless or (name, target, seed) in finished:
                         continue
                     started = time.perf_counter()
                     cell = bench.run(name, target, seed)

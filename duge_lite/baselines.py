@@ -1,6 +1,6 @@
 """Other ways to forget, on the same loop, with the same pictures, memory and budget.
 
-Each is an :class:`~duge_lite.unlearning.Objective` for ``unlearn(..., objective=...)``; only UCE, which
+Each is an :class:`~duge_lite.lessons.Objective` for ``unlearn(..., objective=...)``; only UCE, which
 solves for its weights instead of learning them, is a function of its own. What differs from the papers is
 said in each docstring: a comparison is fair only if it is the same race.
 """
@@ -15,27 +15,31 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from .config import UnlearnConfig
+from .lessons import Objective, Pass, encode_prompts
 from .losses import prior_preservation_loss
 from .models import model_card
-from .unlearning import Objective, Passes, UnlearnConfig, UnlearningRun, encode_prompts
+from .unlearning import UnlearningRun, plain_parameters
 
 
-def esd(negative_guidance: float = 1.0) -> Objective:
+def _predicts(learner: Pass, wanted: tuple[Tensor, ...]) -> Tensor:
+    return prior_preservation_loss(learner.noise_pred, wanted[0])
+
+
+def esd(negative_guidance: float = 1.0, partial: bool = True) -> Objective:
     """Erased Stable Diffusion: predict, for the concept, noise that leads away from it.
 
-    Target ``e_u - eta * (e_c - e_u)`` from the frozen reference (Gandikota et al., arXiv 2303.07345,
-    eq. 7). Differs from the paper: noisy pictures are the model's own drawings with noise added, not
-    partially denoised samples, and the shared prior loss is on unless ``lambda_prior=0``. ESD-x is this
-    with ``train="cross_attention"``.
+    Target ``e_u - eta * (e_c - e_u)`` from the frozen reference, on pictures that are caught half-drawn
+    (Gandikota et al., arXiv 2303.07345, eq. 7 and algorithm 1). ESD-x is this with
+    ``train="cross_attention"``. Differs from the paper: the half-drawn pictures are the reference's, not
+    those of the model as it changes, and the shared prior loss is on unless ``lambda_prior=0``.
+    ``partial=False`` uses finished pictures with noise added, as the other methods here do.
     """
 
-    def loss(passes: Passes, config: UnlearnConfig) -> Tensor:
-        away = passes.concept.noise_pred - passes.other.noise_pred
-        return prior_preservation_loss(
-            passes.learner.noise_pred, passes.other.noise_pred - negative_guidance * away
-        )
+    def target(concept: Pass, other: Pass, noise: Tensor, config: UnlearnConfig) -> tuple[Tensor, ...]:
+        return (other.noise_pred - negative_guidance * (concept.noise_pred - other.noise_pred),)
 
-    return Objective("ESD", loss, "arXiv 2303.07345")
+    return Objective("ESD", target, _predicts, "arXiv 2303.07345", partial=partial)
 
 
 def concept_ablation(anchor: str) -> Objective:
@@ -45,19 +49,20 @@ def concept_ablation(anchor: str) -> Objective:
     concept, not the anchor, as for every other method here.
     """
 
-    def loss(passes: Passes, config: UnlearnConfig) -> Tensor:
-        return prior_preservation_loss(passes.learner.noise_pred, passes.other.noise_pred)
+    def target(concept: Pass, other: Pass, noise: Tensor, config: UnlearnConfig) -> tuple[Tensor, ...]:
+        return (other.noise_pred,)
 
-    return Objective(f"ablation to {anchor}", loss, "arXiv 2303.13516", anchor=anchor)
+    return Objective(f"ablation to {anchor}", target, _predicts, "arXiv 2303.13516", anchor=anchor)
 
 
 def gradient_ascent() -> Objective:
     """A straw man: raise the denoising error on the concept's pictures. Nothing bounds it."""
-
-    def loss(passes: Passes, config: UnlearnConfig) -> Tensor:
-        return -prior_preservation_loss(passes.learner.noise_pred, passes.noise)
-
-    return Objective("gradient ascent", loss, "folklore")
+    return Objective(
+        "gradient ascent",
+        lambda concept, other, noise, config: (noise,),
+        lambda learner, wanted: -_predicts(learner, wanted),
+        "folklore",
+    )
 
 
 @torch.no_grad()
@@ -82,22 +87,18 @@ def uce(
     """
     started = time.perf_counter()
     card = model_card(pipe)
-    card.check(concept)
     kept = [c for c in card.concepts if c != concept] if preserve is None else list(preserve)
-    targets = card.prompts(concept)
+    targets = card.prompts(card.check(concept))
     anchors = card.prompts(card.check(anchor)) if anchor else [""] * len(targets)
-    rest = [p for c in kept for p in card.prompts(card.check(c))]
+    rest = [p for c in kept for p in card.prompts(card.check(c)) if p not in targets]
     c, a, p = (encode_prompts(pipe, t).double().flatten(0, 1) for t in (targets, anchors, rest))  # (n*T, D)
     right = c.T @ c + p.T @ p + ridge * torch.eye(c.shape[1], dtype=torch.float64)
     left = a.T @ c + p.T @ p + ridge * torch.eye(c.shape[1], dtype=torch.float64)  # (D, D)
     change = torch.linalg.solve(right, left.T).T  # W = W0 @ left @ right^-1
-    names = [
-        n for n, _ in pipe.unet.named_parameters() if n.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
-    ]
-    parameters = dict(pipe.unet.named_parameters())
-    before = {n: parameters[n].detach().cpu().clone() for n in names}
-    for n in names:
-        w = parameters[n]
+    layers = (".attn2.to_k.weight", ".attn2.to_v.weight")
+    matrices = {n: w for n, w in plain_parameters(pipe.unet).items() if n.endswith(layers)}
+    before = {n: w.detach().cpu().clone() for n, w in matrices.items()}
+    for w in matrices.values():
         w.copy_((w.double().cpu() @ change).to(w.dtype))
     history = pd.DataFrame(index=pd.Index([], name="step"))
     seconds = time.perf_counter() - started

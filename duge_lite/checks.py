@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,17 @@ def examine(function: Callable, cases: Sequence[Case], praise: str, tolerance: f
     """Calls ``function`` on each case and compares; the first difference becomes the hint."""
     for case in cases:
         try:
-            got = function(*case.args)
+            got = function(*copy.deepcopy(case.args))  # a function may change what it is given
         except Exception as error:
             return Verdict(False, f"it stopped with {type(error).__name__}: {error}. {case.hint}")
         if got is None or got is Ellipsis:
             return Verdict(False, "not yet: replace the `...` with your own line and run the cell again.")
         try:
+            got = got.tolist() if isinstance(got, Tensor) else got  # also on a GPU, also with a gradient
             fits = np.shape(got) == np.shape(case.expected) and np.allclose(
                 np.asarray(got, dtype=float), np.asarray(case.expected, dtype=float), atol=tolerance
             )
-        except (TypeError, ValueError):
+        except Exception:  # whatever it is, it is not numbers
             return Verdict(False, f"it returned a {type(got).__name__}, expected numbers. {case.hint}")
         if not fits:
             return Verdict(False, f"it returned {got!r}, expected {case.expected!r}. {case.hint}")
@@ -103,3 +107,80 @@ def scaled_share(function: Callable) -> Verdict:
         Case((0.2, 4.0), 0.5, "All others keep 1 - share; divide the word's part by the new total."),
     ]
     return examine(function, cases, "however large the factor, a share never passes 1.")
+
+
+def cross_attention_loss(function: Callable) -> Verdict:
+    """Notebook 02: ``cross_attention_loss(maps, targets)``, the plain form, from two lists of tensors."""
+    small, target = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
+    large, silent = torch.tensor([[0.0, 0.0, 3.0]]), torch.zeros(1, 3)
+    cases = [
+        Case(([small], [small]), 0.0, "A layer that is where it should be costs nothing."),
+        Case(
+            ([small], [target]),
+            2.0,
+            "One layer, differences 0 and 2: square each, then take the mean over the layer's entries.",
+        ),
+        Case(
+            ([small, large], [target, silent]),
+            2.5,
+            "Two layers: first the mean inside each layer, 2 and 3, then the mean of those. So a layer with "
+            "many places counts no more than one with few.",
+        ),
+    ]
+    slope = Case(
+        ([torch.tensor([3.0, 1.0])], [torch.tensor([1.0, 1.0])]),
+        [[2.0, 0.0]],
+        "The number is right, its gradient is not: stay in torch from beginning to end. After `.item()`, "
+        "`.detach()` or numpy nobody knows what to change.",
+    )
+    praise = "a layer is one term, however many places it has."
+    return examine(function, cases, praise) and examine(_gradient(function), [slope], praise)
+
+
+def regularization_loss(function: Callable) -> Verdict:
+    """Notebook 02: ``regularization_loss(parameters, anchor, importance)``, from three dicts of tensors."""
+
+    def weights(a: tuple, b: tuple) -> dict[str, Tensor]:
+        return {"a": torch.tensor(a), "b": torch.tensor(b)}
+
+    now, start = weights((1.0, 2.0), (3.0,)), weights((0.0, 2.0), (1.0,))
+    even = weights((1.0, 1.0), (1.0,))
+    cases = [
+        Case((start, start, even), 0.0, "At the anchor nothing pulls."),
+        Case(
+            (now, start, even),
+            5 / 3,
+            "The squared distances are 1, 0 and 4: add them all up, then divide once by how many numbers "
+            "there are, 3 (not by the 2 tensors, and not tensor by tensor).",
+        ),
+        Case(
+            (now, dict(reversed(start.items())), even),
+            5 / 3,
+            "Look each tensor up by its name: dictionaries need not have the same order.",
+        ),
+        Case(
+            (now, start, weights((0.5, 100.0), (2.0,))),
+            8.5 / 3,
+            "Multiply each squared distance by its importance, after squaring: 0.5 · 1 + 100 · 0 + 2 · 4. "
+            "Still divide by 3.",
+        ),
+    ]
+    slope = Case(
+        ({"a": torch.tensor([1.0, 3.0])}, {"a": torch.zeros(2)}, {"a": torch.ones(2)}),
+        [[1.0, 3.0]],
+        "The number is right, its gradient is not: stay in torch from beginning to end.",
+    )
+    praise = "the square makes a long way dear, the importance says for whom."
+    return examine(function, cases, praise) and examine(_gradient(function), [slope], praise)
+
+
+def _gradient(function: Callable) -> Callable:
+    """Instead of a loss, its gradient in the tensors (a list or a dict of them) of the first argument."""
+
+    def slopes(first: Sequence[Tensor] | dict[str, Tensor], *rest: Any) -> list[list[float]]:
+        tensors = list(first.values() if isinstance(first, dict) else first)
+        for tensor in tensors:
+            tensor.requires_grad_()
+        return [gradient.tolist() for gradient in torch.autograd.grad(function(first, *rest), tensors)]
+
+    return slopes

@@ -38,3 +38,7 @@ class NoCrossAttentionError(ValueError):
 
 class DivergedError(RuntimeError):
     """A loss became NaN or infinite; the weights were put back."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """The device's memory is too small; says which settings to lower."""

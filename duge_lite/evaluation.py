@@ -102,24 +102,33 @@ def evaluate(
 ) -> pd.DataFrame:
     """Draws ``images`` pictures of each concept and lets the judge name them.
 
+    A concept is an object, drawn in ``style`` (the plain one by default), or itself a style, drawn with the
+    objects in turn and named among the styles.
+
     Picture i of every concept starts from the same noise in every call, so that two models are compared
     on the same seeds.
 
-    Returns a DataFrame indexed by concept: ``accuracy`` (share of pictures named right, out of the card's
-    concepts), ``low`` and ``high`` (95 % Wilson interval), ``images``, ``mostly`` (what the judge says
-    most often). Raises UnknownConceptError for a concept that the model's card does not list.
+    Returns a DataFrame indexed by concept: ``accuracy`` (share of pictures named right, among the card's
+    concepts or styles), ``low`` and ``high`` (95 % Wilson interval), ``images``, ``mostly`` (what the judge
+    says most often). Raises UnknownConceptError for a concept that the model's card does not list.
     """
     card = model_card(pipe)
     concepts = list(card.concepts if concepts is None else concepts)
     for concept in concepts:
         card.check(concept)
     judge = judge or Judge.load(card.judge)
-    prompts = [card.prompt(c, style) for c in concepts for _ in range(images)]
+
+    def asked(concept: str) -> list[str]:
+        texts = card.prompts(concept) if concept in card.styles else [card.prompt(concept, style)]
+        return [texts[i % len(texts)] for i in range(images)]
+
+    prompts = [text for c in concepts for text in asked(c)]
     seeds = [seed + i for _ in concepts for i in range(images)]
     pictures = sample(pipe, prompts, seed=seeds, steps=steps, guidance_scale=guidance_scale)
-    named = np.asarray(judge.names(pictures, card.concepts)).reshape(len(concepts), images)
     rows = []
-    for concept, row in zip(concepts, named, strict=True):
+    for k, concept in enumerate(concepts):
+        among = card.styles if concept in card.styles else card.concepts
+        row = np.asarray(judge.names(pictures[k * images : (k + 1) * images], among))
         hits = int((row == concept).sum())
         low, high = wilson_interval(hits, images)
         mostly = pd.Series(row).mode()[0]

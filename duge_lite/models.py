@@ -130,13 +130,21 @@ class ModelCard:
         """The plain prompt for ``concept``: "a photo of an apple"."""
         return captions.prompt(concept, style or self.styles[0])
 
+    @property
+    def forgettable(self) -> tuple[str, ...]:
+        """All that can be asked to go: the concepts, and every style but the plain one."""
+        return self.concepts + self.styles[1:]
+
     def prompts(self, concept: str) -> list[str]:
-        """The concept in every style: what unlearning sees."""
+        """The concept in every style, or the style with every concept: what unlearning sees."""
+        if concept in self.styles:
+            return [self.prompt(c, concept) for c in self.concepts]
         return [self.prompt(concept, style) for style in self.styles]
 
     def check(self, concept: str) -> str:
-        if concept not in self.concepts:
-            raise UnknownConceptError(concept, self.concepts)
+        """``concept`` itself; raises UnknownConceptError when it is neither a concept nor a style."""
+        if concept not in self.forgettable:
+            raise UnknownConceptError(concept, self.forgettable)
         return concept
 
 

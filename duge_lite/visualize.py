@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from .doodles.draw import OBJECTS, STYLES, draw
 from .plot import Plot
+from .viewer import layer_label
 from .visualize_attention import (
+    _table,
     attention_difference,
     concentration,
     denoising,
@@ -23,7 +28,8 @@ from .visualize_attention import (
 
 __all__ = [
     "accuracy_plot", "attention_difference", "concentration", "contact_sheet", "denoising", "heads",
-    "image_grid", "loss_curves", "token_shares", "word_overlay", "words_by_layer", "words_by_step",
+    "image_grid", "loss_curves", "matrices", "shares_moved", "target_maps", "token_shares", "word_overlay",
+    "words_by_layer", "words_by_step",
 ]  # fmt: skip
 
 KEPT, LOST, ACCENT = "#35618f", "#c8553d", "#5b5b66"  # told apart by lightness too
@@ -141,5 +147,116 @@ def accuracy_plot(
     axes.spines[["top", "right"]].set_visible(False)
     figure.alt = "Judge's accuracy: " + ", ".join(
         f"{n} {before.accuracy[n]:.2f} to {after.accuracy[n]:.2f}" for n in names
+    )
+    return figure
+
+
+def target_maps(rows: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -> Plot:
+    """One token's maps, (h, w) by layer, a row for each name, on one scale; below zero there is a cross."""
+    layers = list(next(iter(rows.values())))
+    maps = [[np.asarray(row[layer], dtype=float) for layer in layers] for row in rows.values()]
+    labels = [f"{layer_label(n)}\n{m.shape[1]}×{m.shape[0]}" for n, m in zip(layers, maps[0], strict=True)]
+    figure = _table(maps, list(rows), labels, [None] * len(layers), smooth=False)
+    counts = []
+    for i, row in enumerate(maps):
+        for j, heat in enumerate(row):
+            y, x = np.nonzero(heat < 0)
+            size = 30 / max(heat.shape)
+            axes = figure.axes[i * len(layers) + j]
+            axes.plot(x + 0.5, y + 0.5, "x", color="white", ms=size, mew=size / 5, linestyle="none")
+        counts.append(sum(int((heat < 0).sum()) for heat in row))
+    figure.suptitle(title, fontsize=11)
+    means = (np.mean([heat.mean() for heat in row]) for row in maps)
+    figure.alt = f"{title or 'Maps'}, in {len(layers)} layers: " + "; ".join(
+        f"{name}: {mean:.1%} on average, {below} places below zero"
+        for name, mean, below in zip(rows, means, counts, strict=True)
+    )
+    return figure
+
+
+def shares_moved(
+    names: Sequence[str],
+    before: Sequence[float],
+    after: Sequence[float],
+    labels: tuple[str, str] = ("before", "after"),
+    title: str = "Who gains what the others lose",
+) -> Plot:
+    """Each token's share of attention before (circle) and after (a triangle that points there)."""
+    before, after = (np.asarray(x, dtype=float) for x in (before, after))
+    figure = Plot(figsize=(6.6, 0.9 + 0.26 * len(names)), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    at = np.arange(len(names))
+    gains = after >= before
+    axes.hlines(at, before, after, color=ACCENT, linewidth=2, alpha=0.5)
+    axes.plot(before, at, "o", mfc="white", mec=ACCENT, ms=7, label=labels[0])
+    for which, marker, color, way in ((gains, ">", KEPT, "more"), (~gains, "<", LOST, "less")):
+        axes.plot(after[which], at[which], marker, color=color, ms=8, label=f"{labels[1]}: {way}")
+    for y, b, a in zip(at, before, after, strict=True):
+        axes.annotate(
+            f"{100 * (a - b):+.1f}",
+            (max(a, b), y),
+            (9, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+        )
+    axes.set_yticks(at, names, fontsize=9)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlim(0, max(before.max(), after.max()) * 1.14)
+    axes.set_xlabel("share of all attention; the number is the change in percentage points", fontsize=8)
+    axes.set_title(title, fontsize=11)
+    axes.legend(fontsize=8, frameon=False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.alt = f"{title}: " + ", ".join(
+        f"{n} {b:.1%} to {a:.1%}" for n, b, a in zip(names, before, after, strict=True)
+    )
+    return figure
+
+
+MATRICES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out": "output"}
+
+
+def matrices(panels: Mapping[str, Mapping[str, float]], title: str = "") -> Plot:
+    """A number for every matrix of every cross-attention layer, by parameter name; a panel per mapping.
+
+    One logarithmic colour scale for all panels; an exact zero has no colour but a hatching.
+    """
+    layers = list(dict.fromkeys(name.split(".attn2.")[0] for name in next(iter(panels.values()))))
+    tables = []
+    for values in panels.values():
+        table = np.zeros((len(MATRICES), len(layers)))
+        for name, value in values.items():
+            layer, _, matrix = name.partition(".attn2.")
+            table[list(MATRICES).index(matrix.split(".")[0]), layers.index(layer)] = value
+        tables.append(table)
+    known = np.concatenate([t[t > 0] for t in tables])
+    low, high = (known.min(), known.max()) if known.size else (0.1, 1.0)
+    norm, colors = LogNorm(low, max(high, 1.001 * low)), matplotlib.colormaps["magma"]
+    top = 0.35 if title else 0.0
+    figure = Plot(figsize=(1.0 + 0.86 * len(layers), top + 1.72 * len(tables)), dpi=100, layout="constrained")
+    for axes, name, table in zip(
+        figure.subplots(len(tables), squeeze=False).flat, panels, tables, strict=True
+    ):
+        axes.imshow(np.ma.masked_less_equal(table, 0), cmap=colors, norm=norm, aspect="auto")
+        axes.patch.set(hatch="///", facecolor="white", edgecolor="#bbbbbb")
+        for (i, j), value in np.ndenumerate(table):
+            dark = value > 0 and norm(value) < 0.6
+            box = None if value > 0 else dict(facecolor="white", edgecolor="none", pad=1.5)
+            text = f"{value:.2g}" if value > 0 else "0"
+            axes.text(
+                j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black", bbox=box
+            )
+        axes.set_yticks(range(len(MATRICES)), MATRICES.values(), fontsize=8)
+        axes.set_xticks(range(len(layers)), map(layer_label, layers), fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_title(name, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.alt = f"{title or 'Matrices of cross-attention'}. " + "; ".join(
+        f"{name}: {int((t > 0).sum())} of {t.size} above zero, the largest {t.max():.2g}"
+        for name, t in zip(panels, tables, strict=True)
     )
     return figure

@@ -26,7 +26,7 @@ import duge_lite as duge
 from duge_lite.doodles import train
 from duge_lite.doodles.captions import SYNONYMS, caption
 from duge_lite.doodles.draw import sample_scene
-from duge_lite.unlearning import Pictures
+from duge_lite.lessons import Pictures, encode_prompts
 
 settings.register_profile("here", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("here")
@@ -118,7 +118,7 @@ def tiny_memory(tiny_master) -> Pictures:
     """Four memory pictures made of noise: the loop does not care what they show."""
     prompts = ("a photo of an orange", "a sketch of a tree", "a photo of a car", "a photo of a harp")
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    return Pictures(latents, duge.unlearning.encode_prompts(tiny_master, prompts), prompts)
+    return Pictures(latents, encode_prompts(tiny_master, prompts), prompts)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ class Miniature(Recipe):
     judge_steps: int = 4
     decoder_steps: int = 4
     unet_steps: int = 5
+    pair_steps: int = 5
     save_every: int = 2
 
 
@@ -206,13 +207,16 @@ class Stop(Exception):
     pass
 
 
+CHECKPOINTS = ["clip", "autoencoder", "judge", "unet", "unet-pairs", "decoder"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["clip", "autoencoder", "judge", "unet", "decoder"])
+@pytest.mark.parametrize("stage", CHECKPOINTS)
 def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(trained, tmp_path, stage, monkeypatch):
     out, work, names = trained
     # the stages before are done, this one is cut off after its first checkpoint
     shutil.copytree(work, tmp_path / "work")
-    for later in names[names.index(stage) :]:
+    for later in CHECKPOINTS[CHECKPOINTS.index(stage) :]:
         (tmp_path / "work" / f"{later}.pt").unlink()
     saves = []
     save = torch.save
@@ -229,6 +233,29 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(trained, tmp_
     assert torch.load(tmp_path / "work" / f"{stage}.pt", weights_only=True)["step"] == 2
     assert list(train.stages(MINIATURE, tmp_path / "out", tmp_path / "work")) == names
     assert_same_weights(tmp_path / "out", out, count=5)
+
+
+def test_in_its_last_steps_the_denoiser_sees_two_objects_in_every_other_picture(
+    tokenizer, tiny_master, tmp_path
+):
+    world = miniature_world(World, 40, 0)
+
+    class Latents:
+        shape, asked = (40, 4, 16, 16), []
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            self.asked.append(index)
+            return torch.zeros(len(index), 4, 16, 16)
+
+    recipe = dataclasses.replace(MINIATURE, unet_steps=3, pair_steps=3)
+    train.train_unet(world, Latents(), tokenizer, tiny_master.text_encoder, recipe, tmp_path)
+    pairs = [[len(world.scenes[i].objects) == 2 for i in index] for index in Latents.asked]
+    assert len(pairs) == 6 and {len(batch) for batch in pairs} == {32}
+    assert not any(all(batch[:16]) for batch in pairs[:3])
+    assert all(all(batch[:16]) and not all(batch[16:]) for batch in pairs[3:])
 
 
 @pytest.mark.slow

@@ -71,3 +71,46 @@ def test_accuracy_plot_marks_what_was_forgotten():
     assert lines["after, to be kept"].get_ydata().tolist() == [1, 0.9]
     assert lines["after, to be forgotten"].get_marker() != lines["after, to be kept"].get_marker()
     assert "apple 1.00 to 0.00" in figure.alt
+
+
+LAYERS = [f"{part}.attentions.0.transformer_blocks.0.attn2" for part in ("down_blocks.0", "mid_block")]
+
+
+def test_target_maps_share_a_scale_and_cross_out_what_is_below_zero():
+    plain = {LAYERS[0]: np.full((4, 4), 0.5), LAYERS[1]: np.full((2, 2), 0.25)}
+    below = {**plain, LAYERS[1]: np.array([[0.1, -0.2], [0.1, -0.3]])}
+    figure = visualize.target_maps({"with the word": plain, "negative": below}, "Apple")
+    panels = figure.axes[:4]
+    assert [a.get_title() for a in panels[:2]] == ["down 0.0\n4×4", "mid\n2×2"]
+    assert [panels[0].get_ylabel(), panels[2].get_ylabel()] == ["with the word", "negative"]
+    assert {a.images[0].get_clim() for a in panels} == {(0, 0.5)}
+    assert [len(a.lines[0].get_xdata()) for a in panels] == [0, 0, 0, 2]
+    assert panels[3].lines[0].get_xydata().tolist() == [[1.5, 0.5], [1.5, 1.5]]
+    assert "negative: 21.2% on average, 2 places below zero" in figure.alt
+
+
+def test_shares_moved_points_in_the_direction_of_the_change():
+    figure = visualize.shares_moved(["apple", "<pad>"], [0.3, 0.7], [0.1, 0.9], ("now", "wanted"))
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines["wanted: more"].get_xydata().tolist() == [[0.9, 1]]
+    assert lines["wanted: less"].get_xydata().tolist() == [[0.1, 0]]
+    assert lines["wanted: more"].get_marker() != lines["wanted: less"].get_marker()
+    assert [t.get_text() for t in figure.axes[0].texts] == ["-20.0", "+20.0"]
+    assert "apple 30.0% to 10.0%" in figure.alt
+
+
+def test_matrices_show_every_number_and_hatch_a_zero():
+    names = [f"{layer}.{m}.weight" for layer in LAYERS for m in ("to_q", "to_k", "to_v", "to_out.0")]
+    values = dict(zip(names, (1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 0.0, 0.0), strict=True))
+    figure = visualize.matrices({"probs": values, "output": dict.fromkeys(names, 1.0)}, "Gradients")
+    first, second = figure.axes
+    assert [t.get_text() for t in first.texts] == ["1", "10", "2", "20", "3", "0", "4", "0"]
+    assert first.images[0].get_array().mask.tolist() == [[False] * 2] * 2 + [[False, True]] * 2
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (1, 20)
+    assert [t.get_text() for t in first.get_xticklabels()] == ["down 0.0", "mid"]
+    assert "probs: 6 of 8 above zero, the largest 20" in figure.alt
+
+
+def test_matrices_of_nothing_but_zeros():
+    figure = visualize.matrices({"at the anchor": {f"{LAYERS[0]}.to_q.weight": 0.0}})
+    assert figure.png() and "0 of 4 above zero" in figure.alt

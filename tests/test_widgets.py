@@ -1,64 +1,30 @@
 """The apps, driven without a browser: their callbacks are plain methods of plain widgets."""
 
-import io
-
 import pytest
 import torch
-from PIL import Image
 
 import duge_lite as duge
 from duge_lite import checks, widgets
 
 SMALL = duge.UnlearnConfig(
-    iterations=10, batch_size=2, memory_batch_size=2, target_size=2, memory_size=2, lr=1e-2
+    iterations=10, batch_size=2, memory_batch_size=2, target_size=2, memory_size=2, lessons=4, lr=1e-2
 )
 
 
-def _weights(pipe):
-    return {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+def test_before_and_after_shows_the_same_seeds_and_comes_back(tiny_pipe):
+    base = {k: v.clone() for k, v in tiny_pipe.unet.state_dict().items()}
+    figure, run = widgets.before_and_after(tiny_pipe, "car", SMALL)
+    assert "before and after forgetting “car”" in figure.alt and len(figure.axes) == 2 * 7
+    run.restore()
+    assert all(torch.equal(base[k], v) for k, v in tiny_pipe.unet.state_dict().items())
 
 
-def _equal(a, b):
-    return all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_forget_then_undo(tiny_pipe):
-    base = _weights(tiny_pipe)
-    app = widgets.ForgetControl(tiny_pipe, SMALL)
-    assert app.undo.disabled and not app.forget.disabled
-    app.concept.value = "car"
-    app.forget.click()
-    assert "Forgot “car”" in app.message.value
-    assert app.progress.value == app.progress.max == 10
-    with Image.open(io.BytesIO(app.picture.value)) as picture:
-        assert picture.width > 300
-    assert not _equal(base, _weights(tiny_pipe)) and not app.undo.disabled
-    app.undo.click()
-    assert _equal(base, _weights(tiny_pipe)) and app.undo.disabled
-
-
-def test_an_error_becomes_a_sentence_and_the_controls_come_back(tiny_pipe, monkeypatch):
-    app = widgets.ForgetControl(tiny_pipe, SMALL)
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("the disk is on fire")
-
-    monkeypatch.setattr(widgets, "before_and_after", fail)
-    app.forget.click()
-    assert "the disk is on fire" in app.message.value
-    assert not app.forget.disabled and not app.concept.disabled and app.undo.disabled
-
-
-def test_controls_are_off_while_it_runs(tiny_pipe, monkeypatch):
-    app, seen = widgets.ForgetControl(tiny_pipe, SMALL), []
-
-    def spy(*args, **kwargs):
-        seen.append((app.forget.disabled, app.concept.disabled, app.undo.disabled))
-        raise RuntimeError("enough")
-
-    monkeypatch.setattr(widgets, "before_and_after", spy)
-    app.forget.click()
-    assert seen == [(True, True, True)]
+def test_a_style_is_forgotten_among_styles(tiny_pipe):
+    figure, run = widgets.before_and_after(tiny_pipe, "sketch", SMALL)
+    titles = [axes.get_title() for axes in figure.axes[:7]]
+    assert titles[:3] == ["sketch"] * 3 and set(titles[3:]) == set(duge.model_card(tiny_pipe).styles) - {
+        "sketch"
+    }
 
 
 def test_before_and_after_refuses_an_unknown_concept(tiny_pipe):

@@ -1,0 +1,171 @@
+"""The checkers of the exercises: what is right passes, what is wrong gets its own hint, nothing raises."""
+
+import numpy as np
+import pytest
+import torch
+
+from duge_lite import checks, losses
+
+# What readers may hand in, whatever the exercise.
+
+CHECKERS = [
+    checks.retention,
+    checks.attention_weights,
+    checks.scaled_share,
+    checks.cross_attention_loss,
+    checks.regularization_loss,
+]
+each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
+
+
+@each_checker
+@pytest.mark.parametrize("nothing", [None, ...], ids=["None", "..."])
+def test_a_stub_is_not_yet(checker, nothing):
+    verdict = checker(lambda *args: nothing)
+    assert not verdict and "not yet" in verdict.message and repr(verdict).startswith("…")
+
+
+def fail(*args):
+    raise KeyError("a wrong name")
+
+
+@each_checker
+@pytest.mark.parametrize(
+    "function",
+    [
+        fail,
+        lambda: 1.0,  # takes no arguments
+        "no function",
+        lambda *args: "a text",
+        lambda *args: {"a": 1},
+        lambda *args: [torch.zeros(2), torch.zeros(3)],
+        lambda *args: torch.ones(2, 2, requires_grad=True),
+        lambda *args: torch.nn.Linear(1, 1),
+        lambda *args: 10**400,
+        lambda *args: float("nan"),
+    ],
+)
+def test_checkers_never_raise(checker, function):
+    verdict = checker(function)
+    assert not verdict and verdict.message
+
+
+def test_a_tensor_counts_as_its_numbers():
+    case = checks.Case((), 0.5, "half")
+    for got in (torch.tensor(0.5, requires_grad=True), torch.tensor(0.5, dtype=torch.bfloat16)):
+        assert checks.examine(lambda got=got: got, [case], "so it is")
+    verdict = checks.examine(lambda: torch.tensor([1.0, 2.0]), [case], "")
+    assert verdict.message == "it returned [1.0, 2.0], expected 0.5. half"
+
+
+def test_what_a_function_does_to_its_arguments_stays_with_it():
+    values = torch.ones(2)
+    case = checks.Case((values,), 0.0, "")
+    assert checks.examine(lambda x: x.zero_().sum(), [case, case], "clean")
+    assert values.tolist() == [1, 1]
+
+
+# Notebook 02: the cross-attention loss
+
+
+def loop(maps, targets):
+    total = 0
+    for a, b in zip(maps, targets, strict=True):
+        total = total + ((a - b) ** 2).mean()
+    return total / len(maps)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        loop,
+        lambda maps, targets: torch.stack(
+            [torch.nn.functional.mse_loss(a, b) for a, b in zip(maps, targets, strict=True)]
+        ).mean(),
+        lambda maps, targets: losses.cross_attention_loss(maps, targets, relative=False),
+    ],
+)
+def test_cross_attention_loss_right(right):
+    verdict = checks.cross_attention_loss(right)
+    assert verdict, verdict
+
+
+def pooled(maps, targets):
+    differences = [(a - b).flatten() for a, b in zip(maps, targets, strict=True)]
+    return torch.cat(differences).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda m, t: 1 + loop(m, t), "costs nothing"),
+        (lambda m, t: sum((a - b).abs().mean() for a, b in zip(m, t, strict=True)), "square each"),
+        (lambda m, t: sum((a - b).square().sum() for a, b in zip(m, t, strict=True)), "square each"),
+        (lambda m, t: sum((a - b).norm() for a, b in zip(m, t, strict=True)), "square each"),
+        (losses.cross_attention_loss, "square each"),  # divided by the target's size
+        (lambda m, t: (m[0] - t[0]).square().mean(), "Two layers"),
+        (lambda m, t: sum((a - b).square().mean() for a, b in zip(m, t, strict=True)), "Two layers"),
+        (pooled, "Two layers"),
+        (lambda m, t: torch.stack([a - b for a, b in zip(m, t, strict=True)]).square().mean(), "Two layers"),
+        (lambda m, t: loop(m, t).item(), "stay in torch"),
+        (lambda m, t: loop(m, t).detach(), "stay in torch"),
+        (lambda m, t: np.mean([((a - b) ** 2).mean().item() for a, b in zip(m, t, strict=True)]), "in torch"),
+    ],
+)
+def test_cross_attention_loss_wrong(wrong, hint):
+    verdict = checks.cross_attention_loss(wrong)
+    assert not verdict and hint in verdict.message
+
+
+# Notebook 02: the regularization loss
+
+
+def by_name(parameters, anchor, importance):
+    total = sum((importance[n] * (p - anchor[n]) ** 2).sum() for n, p in parameters.items())
+    return total / sum(p.numel() for p in parameters.values())
+
+
+def concatenated(parameters, anchor, importance):
+    p, a, w = (torch.cat([x[n] for n in parameters]) for x in (parameters, anchor, importance))
+    return (w * (p - a).square()).mean()
+
+
+@pytest.mark.parametrize("right", [by_name, concatenated, losses.regularization_loss])
+def test_regularization_loss_right(right):
+    verdict = checks.regularization_loss(right)
+    assert verdict, verdict
+
+
+def walk(parameters, anchor, importance, each):
+    return sum(each(p, anchor[n], importance[n]) for n, p in parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda p, a, w: walk(p, a, w, lambda p, a, w: (w * p.square()).sum()) / 3, "nothing pulls"),
+        (lambda p, a, w: walk(p, a, w, lambda p, a, w: (w * (p - a)).sum()) / 3, "squared distances"),
+        (lambda p, a, w: walk(p, a, w, lambda p, a, w: (w * (p - a) ** 2).sum()), "squared distances"),
+        (
+            lambda p, a, w: walk(p, a, w, lambda p, a, w: (w * (p - a) ** 2).mean()) / 2,
+            "not by the 2 tensors",
+        ),
+        (
+            lambda p, a, w: (
+                sum(
+                    (v * (x - y) ** 2).sum()
+                    for x, y, v in zip(p.values(), a.values(), w.values(), strict=True)
+                )
+                / 3
+            ),
+            "by its name",
+        ),
+        (lambda p, a, w: walk(p, a, w, lambda p, a, w: ((p - a) ** 2).sum()) / 3, "by its importance"),
+        (lambda p, a, w: walk(p, a, w, lambda p, a, w: ((w * (p - a)) ** 2).sum()) / 3, "after squaring"),
+        (lambda p, a, w: 3 * by_name(p, a, w) / sum(v.sum() for v in w.values()), "still divide by 3"),
+        (lambda p, a, w: by_name(p, a, w).item(), "stay in torch"),
+    ],
+)
+def test_regularization_loss_wrong(wrong, hint):
+    verdict = checks.regularization_loss(wrong)
+    assert not verdict and hint.lower() in verdict.message.lower()
