@@ -60,7 +60,7 @@ def main() -> None:
     trained = trainable_parameters(unet, config)
     for p in trained.values():
         p.requires_grad_(True)
-    start = {n: p.detach().clone() for n, p in trained.items()}
+    start = {n: p.detach().half() for n, p in trained.items()}
     side = unet.config.sample_size
     clean, text = torch.randn(batch, 4, side, side), torch.randn(batch, tokens, width)
     scheduler, generator = DDPMScheduler(), torch.Generator().manual_seed(0)
@@ -119,10 +119,12 @@ def main() -> None:
     print(f"{'':64}{'seconds':>9}{'ratio':>8}")
     for name, values in times.items():
         print(f"{name:64}{statistics.median(values):9.3f}{statistics.median(values) / base:8.2f}")
-    every = sum(p.numel() for p in unet.parameters())
-    copied = sum(p.numel() for p in start.values())
+    every = sum(p.nbytes for p in unet.parameters())
+    copied = sum(p.nbytes for p in start.values())
     answers = sum(w[0].numel() for w in (*lessons.wanted, *memory.wanted))
-    print(f"kept beside the UNet on the device: {copied:,} of {every:,} numbers, {copied / every:.1%}")
+    print(
+        f"kept beside the UNet on the device: {copied / 1e6:.1f} MB of {every / 1e6:.1f} ({copied / every:.1%})"
+    )
     print(f"answers kept on the CPU: {answers * 4 / 1e6:.2f} MB for each pair of lessons")
 
 

@@ -3,7 +3,7 @@
 First ask, then learn. Before anything is trained the model draws pictures of the concept and of other things
 (its memory), and says what it predicts and hears for noisy versions of them: those answers are the frozen
 reference (:mod:`duge_lite.lessons`). Then each iteration is one forward and one backward pass over a batch of
-both; all that is kept twice is the trained tensors.
+both. All that the device holds beside the model is a 16-bit copy of the trained tensors, to pull back to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def _swapped(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> Iterat
     own = {name: p.data for name, p in parameters.items()}
     try:
         for name, p in parameters.items():
-            p.data = values[name]
+            p.data = values[name].to(p.device)
         yield
     finally:
         for name, p in parameters.items():
@@ -234,16 +234,18 @@ def unlearn_steps(
 
     step = 0
     with _training(unet, trained):
-        start = {name: p.detach().clone() for name, p in trained.items()}
-        first = start if base is None else {n: v.to(device, torch.float32) for n, v in base.items()}
-        anchor = first if config.anchor == "base" else start
+        start = {name: p.detach().cpu().clone() for name, p in trained.items()}  # exact, off the device
+        first = start if base is None else {n: v.float() for n, v in base.items()}
+        pulls = first if config.anchor == "base" else start
+        anchor = {n: v.to(device, torch.float16) for n, v in pulls.items()}  # all that is kept on the device
+        asked = _swapped(trained, first) if config.reference == "base" else nullcontext()
 
         def put_back() -> None:
             for name, p in trained.items():
-                p.data = start[name]
+                p.data = start[name].to(device)
 
         try:
-            with _swapped(trained, first if config.reference == "base" else start):
+            with asked:
                 lessons = ask_about_concept(unet, target, other_states, objective, config)
                 memory_lessons = ask_about_memory(unet, kept, config)
                 l2 = config.regularizer == "l2"

@@ -231,7 +231,8 @@ def test_the_attention_loss_falls(forget, match, target):
 
 def test_the_first_iteration_finds_the_model_unchanged(forget):
     first = forget(iterations=1).history.loc[1]
-    assert first.prior == pytest.approx(0, abs=1e-9) and first.regularization == 0
+    assert first.prior == pytest.approx(0, abs=1e-9)
+    assert first.regularization == pytest.approx(0, abs=1e-9)  # the anchor is kept in 16 bits
     assert first.forget > 0
 
 
@@ -689,8 +690,8 @@ def test_the_base_can_be_the_reference(tiny_pipe, tiny_memory):
             tiny_pipe.unet.load_state_dict(after_car)
     assert firsts["reference", "previous"].prior == pytest.approx(0, abs=1e-9)
     assert firsts["reference", "base"].prior > 1e-6
-    assert firsts["anchor", "previous"].regularization == 0
-    assert firsts["anchor", "base"].regularization > 0
+    assert firsts["anchor", "previous"].regularization == pytest.approx(0, abs=1e-9)
+    assert firsts["anchor", "base"].regularization > 1e-7
 
 
 def test_a_style_can_be_forgotten(tiny_pipe, monkeypatch):
@@ -786,7 +787,7 @@ def test_gradient_norms_are_measured_when_asked(tiny_pipe, forget):
     run = forget(iterations=4, measure_every=2)
     assert run.history.grad_forget.notna().tolist() == [True, False, True, False]
     assert run.history.grad_forget.iloc[0] > 0
-    assert run.history.grad_regularization.iloc[0] == 0 < run.history.grad_regularization.iloc[2]
+    assert run.history.grad_regularization.iloc[0] < 0.1 * run.history.grad_regularization.iloc[2]
     for column in ("loss", "forget", "prior", "regularization"):  # to measure is not to disturb
         assert run.history[column].tolist() == base.history[column].tolist()
 
