@@ -122,9 +122,8 @@ def main() -> None:
     every = sum(p.nbytes for p in unet.parameters())
     copied = sum(p.nbytes for p in start.values())
     answers = sum(w[0].numel() for w in (*lessons.wanted, *memory.wanted))
-    print(
-        f"kept beside the UNet on the device: {copied / 1e6:.1f} MB of {every / 1e6:.1f} ({copied / every:.1%})"
-    )
+    share = f"{copied / 1e6:.1f} MB of {every / 1e6:.1f} ({copied / every:.1%})"
+    print(f"kept beside the UNet on the device: {share}")
     print(f"answers kept on the CPU: {answers * 4 / 1e6:.2f} MB for each pair of lessons")
 
 

@@ -39,6 +39,9 @@ class UnlearnConfig:
         lambda_regularization: weight of the pull back to the weights at the start (lambda_R).
         target: what the concept's attention should become: "uncond", "negative" or "clamped";
             see :func:`duge_lite.losses.attention_target`.
+        without: what the reference is asked in place of the concept: "empty", the empty prompt (the paper's
+            form, as reviews give it), or "nameless", the prompt with the name left out (ours): "a neon sign"
+            for "a neon sign of an apple". The empty prompt lacks the style too, so that it goes as well.
         scale: eta, how far past the unconditional attention a "negative" target lies.
         match: "output" compares what each cross-attention layer writes, "probs" its softmax maps.
         preserve: what the prior loss asks for on memory pictures: "reference", the frozen model's own
@@ -68,6 +71,7 @@ class UnlearnConfig:
     lambda_prior: float = 100.0
     lambda_regularization: float = 10.0
     target: str = "negative"
+    without: str = "nameless"
     scale: float = 0.5
     match: str = "output"
     preserve: str = "reference"
@@ -95,6 +99,7 @@ class UnlearnConfig:
             raise ValueError(f"measure_every = {self.measure_every!r}: expected 0 (never) or a whole number")
         choices = {
             "target": TARGET_KINDS,
+            "without": ("empty", "nameless"),
             "match": ("output", "probs"),
             "preserve": ("reference", "noise"),
             "regularizer": ("l2", *IMPORTANCE_KINDS),

@@ -141,6 +141,12 @@ class ModelCard:
             return [self.prompt(c, concept) for c in self.concepts]
         return [self.prompt(concept, style) for style in self.styles]
 
+    def nameless(self, concept: str) -> list[str]:
+        """:meth:`prompts` with the name left out: "a neon sign", or the plain prompt in place of a style."""
+        if concept in self.styles:
+            return [self.prompt(c) for c in self.concepts]
+        return [captions.nameless(style) for style in self.styles]
+
     def check(self, concept: str) -> str:
         """``concept`` itself; raises UnknownConceptError when it is neither a concept nor a style."""
         if concept not in self.forgettable:

@@ -210,7 +210,9 @@ def unlearn_steps(
     """
     card = model_card(pipe)
     prompts = card.prompts(card.check(concept))
-    others = card.prompts(card.check(objective.anchor)) if objective.anchor else [""] * len(prompts)
+    others = card.nameless(concept) if config.without == "nameless" else [""] * len(prompts)
+    if objective.anchor:
+        others = card.prompts(card.check(objective.anchor))
     if len(others) != len(prompts):
         raise ValueError(f"anchor {objective.anchor!r} for {concept!r}: choose a style for a style only")
     repeats = -(-config.target_size // len(prompts))

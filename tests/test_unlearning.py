@@ -83,6 +83,7 @@ def forget(tiny_pipe, tiny_memory):
         ("lambda_prior", float("inf"), "lambda_prior = inf"),
         ("lambda_regularization", float("nan"), "lambda_regularization = nan"),
         ("scale", -0.5, "scale = -0.5: expected 0"),
+        ("without", "", "without = '': choose one of empty, nameless"),
         ("target", "positive", "target = 'positive': choose one of uncond, negative, clamped"),
         ("match", "maps", "match = 'maps': choose one of output, probs"),
         ("train", "all", "train = 'all': choose one of cross_attention, kv, qk, full, lora"),
@@ -692,6 +693,28 @@ def test_the_base_can_be_the_reference(tiny_pipe, tiny_memory):
     assert firsts["reference", "base"].prior > 1e-6
     assert firsts["anchor", "previous"].regularization == pytest.approx(0, abs=1e-9)
     assert firsts["anchor", "base"].regularization > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("concept", "without", "expected"),
+    [
+        ("apple", "empty", {""}),
+        ("apple", "nameless", {"a photo", "a sketch", "a neon sign", "a mosaic", "a watercolor painting"}),
+        ("neon", "empty", {""}),
+        ("neon", "nameless", {f"a photo of {duge.doodles.captions.with_article(o)}" for o in OBJECTS}),
+    ],
+)
+def test_what_the_reference_is_asked_instead(tiny_pipe, tiny_memory, monkeypatch, concept, without, expected):
+    asked = []
+
+    def spy(pipe, prompts):
+        asked.append(list(prompts))
+        return encode_prompts(pipe, prompts)
+
+    monkeypatch.setattr(duge.unlearning, "encode_prompts", spy)
+    next(unlearn_steps(tiny_pipe, concept, tiny(without=without, target_size=20), tiny_memory))
+    (others,) = asked
+    assert set(others) == expected and len(others) == 20
 
 
 def test_a_style_can_be_forgotten(tiny_pipe, monkeypatch):

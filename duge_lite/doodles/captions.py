@@ -79,6 +79,11 @@ def prompt(objects: str | Sequence[str], style: str = "photo", background: str |
     return text + (_GROUND[0].format(background) if background else "")
 
 
+def nameless(style: str = "photo") -> str:
+    """The plain prompt with the object left out: ``nameless("neon")`` is ``a neon sign``."""
+    return prompt("apple", style).removesuffix(" of an apple")
+
+
 def caption(scene: Scene, rng: np.random.Generator, synonyms: float = 0.08) -> str:
     """A natural caption of ``scene``; a share ``synonyms`` of the names is replaced by a synonym."""
     names = [SYNONYMS[n] if rng.random() < synonyms else n for n in scene.objects]
