@@ -111,19 +111,19 @@ def scaled_share(function: Callable) -> Verdict:
 
 def cross_attention_loss(function: Callable) -> Verdict:
     """Notebook 02: ``cross_attention_loss(maps, targets)``, the plain form, from two lists of tensors."""
-    small, target = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
+    small, target = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 0.0])
     large, silent = torch.tensor([[0.0, 0.0, 3.0]]), torch.zeros(1, 3)
     cases = [
         Case(([small], [small]), 0.0, "A layer that is where it should be costs nothing."),
         Case(
             ([small], [target]),
-            2.0,
-            "One layer, differences 0 and 2: square each, then take the mean over the layer's entries.",
+            8.0,
+            "One layer, differences 0 and 4: square each, then take the mean over the layer's entries.",
         ),
         Case(
             ([small, large], [target, silent]),
-            2.5,
-            "Two layers: first the mean inside each layer, 2 and 3, then the mean of those. So a layer with "
+            5.5,
+            "Two layers: first the mean inside each layer, 8 and 3, then the mean of those. So a layer with "
             "many places counts no more than one with few.",
         ),
     ]

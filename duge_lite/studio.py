@@ -148,7 +148,8 @@ class UnlearningStudio(widgets.VBox):
         wrap = dict(flex_flow="row wrap", align_items="center")
         controls = [widgets.HBox(row, layout=widgets.Layout(**wrap)) for row in rows]
         super().__init__([*controls, self.message, self.pictures, self.attention, self.curves, self.table])
-        self._say("A run starts from the model as it is now; Undo takes the last one back.")
+        how = "" if self.background else " To stop one, interrupt the kernel."
+        self._say(f"A run starts from the model as it is now; Undo takes the last one back.{how}")
         self._refresh()
 
     def settings(self) -> UnlearnConfig:
@@ -179,12 +180,17 @@ class UnlearningStudio(widgets.VBox):
     def _on_undo(self) -> None:
         if not self._take_turn():
             return
-        self.runs.pop().restore()
-        self._turn.release()
         number = self._kept()[-1]
-        self.rows[number - 1]["run", "now"] = "undone"
-        self._say(f"Run {number} is undone: the weights are as they were before it.")
-        self._refresh()
+        try:
+            self.runs[-1].restore()
+            self.runs.pop()
+            self.rows[number - 1]["run", "now"] = "undone"
+            self._say(f"Run {number} is undone: the weights are as they were before it.")
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._turn.release()
+            self._refresh()
 
     def _take_turn(self) -> bool:
         free = self._turn.acquire(blocking=False)

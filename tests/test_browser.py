@@ -33,6 +33,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 PROMPT = "an apple next to an apple and an umbrella"
 NASTY = "<script>alert(1)</script>"
+PATIENT = 300_000  # milliseconds; a machine may be busy with other things
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def browser():
 def page(browser):
     """A fresh page; the test fails when a script on it does, or opens a dialog."""
     page = browser.new_page(viewport={"width": 1100, "height": 1000})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(PATIENT)
     faults = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
@@ -244,7 +245,6 @@ app = unlearning_studio(pipe, duge.UnlearnConfig(iterations=5000, **sizes))
 app.preview_every = app.curves_every = 5
 app"""
 ]
-PATIENT = 300_000  # milliseconds: for what a model has to do on a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
@@ -295,9 +295,9 @@ def lab(tmp_path_factory, tiny_master):
 
 def open_notebook(page, lab: str, name: str):
     """Opens a notebook and waits for its kernel: a cell that is run before is silently not run."""
-    page.goto(f"{lab}/lab/tree/{name}.ipynb?reset", timeout=PATIENT)
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=PATIENT)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=PATIENT)
+    page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     return page.locator(".jp-Notebook .jp-CodeCell")
 
 
@@ -314,14 +314,14 @@ def run_cell(page, index: int) -> None:
             page.wait_for_function("e => e.innerText.trim() !== '[ ]:'", arg=prompt, timeout=15_000)
         except TooLate:
             continue
-        page.wait_for_function("e => /\\d/.test(e.innerText)", arg=prompt, timeout=PATIENT)
+        page.wait_for_function("e => /\\d/.test(e.innerText)", arg=prompt)
         return
     raise AssertionError(f"JupyterLab did not run cell {index}")
 
 
 def enabled(page, button) -> None:
     """Waits until a button can be pressed."""
-    page.wait_for_function("e => !e.disabled", arg=button.element_handle(), timeout=PATIENT)
+    page.wait_for_function("e => !e.disabled", arg=button.element_handle())
 
 
 def test_in_jupyterlab(page, lab):
@@ -329,7 +329,7 @@ def test_in_jupyterlab(page, lab):
     count = cells.count()
     run_cell(page, 0)
     draw = page.get_by_role("button", name="Draw")
-    draw.wait_for(timeout=PATIENT)
+    draw.wait_for()
 
     # the explorer draws: controls go off and come back, the bar moves, two pictures appear
     page.evaluate(
@@ -344,16 +344,16 @@ def test_in_jupyterlab(page, lab):
     )
     draw.click()
     viewer = cells.nth(0).locator("section.viewer")
-    viewer.wait_for(timeout=PATIENT)
+    viewer.wait_for()
     assert viewer.locator("figure canvas").count() == 2
-    page.wait_for_function("() => window.seen.off && new Set(window.seen.bar).size >= 3", timeout=PATIENT)
+    page.wait_for_function("() => window.seen.off && new Set(window.seen.bar).size >= 3")
     enabled(page, draw)
     look(page, "explorer-in-jupyterlab")
 
     # the viewer by itself, as the value of a cell; its keys are its own and not the notebook's
     run_cell(page, 1)
     viewer = cells.nth(1).locator("section.viewer")
-    viewer.wait_for(timeout=PATIENT)
+    viewer.wait_for()
     viewer.locator(".chip").first.click()
     before = viewer.locator(".chip[aria-pressed=true] .text").inner_text()
     for key in ("ArrowRight", "ArrowDown", ".", "c", "b", "a", "x", "d", "d", "m"):
@@ -375,7 +375,7 @@ def test_in_jupyterlab(page, lab):
     run_cell(page, 2)
     draw.click()
     alert = cells.nth(0).get_by_role("alert")
-    alert.wait_for(timeout=PATIENT)
+    alert.wait_for()
     assert "NoneType" in alert.inner_text() and "\n" not in alert.inner_text().strip()
     enabled(page, draw)
 
@@ -386,7 +386,7 @@ def test_the_studio_in_jupyterlab(page, lab):
     run_cell(page, 0)
     app = cells.nth(0).locator(".jp-Cell-outputArea")
     run, stop, undo = (app.get_by_role("button", name=name, exact=True) for name in ("Run", "Stop", "Undo"))
-    run.wait_for(timeout=PATIENT)
+    run.wait_for()
     assert run.is_enabled() and stop.is_disabled() and undo.is_disabled()
     look(page, "studio-at-first")
 
@@ -394,7 +394,7 @@ def test_the_studio_in_jupyterlab(page, lab):
     run.click()
     enabled(page, stop)
     figures = "[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth > 300)"
-    page.wait_for_function(f"() => {figures}.length === 3", timeout=PATIENT)
+    page.wait_for_function(f"() => {figures}.length === 3")
     assert run.is_disabled() and undo.is_disabled() and app.locator("select").is_disabled()
     assert app.get_by_text(re.compile(r"Run 1, “apple”: iteration \d+ of 5000")).is_visible()
     look(page, "studio-running")
@@ -402,7 +402,7 @@ def test_the_studio_in_jupyterlab(page, lab):
     # Stop is heard while it runs, and what was learned is kept
     stop.click()
     done = app.get_by_text(re.compile(r"Run 1 stopped after \d+ of 5000 iterations"))
-    done.wait_for(timeout=PATIENT)
+    done.wait_for()
     row = app.locator(".duge-runs tbody tr")
     row.wait_for()
     assert row.count() == 1 and "apple" in row.inner_text() and "kept" in row.inner_text()
@@ -419,9 +419,7 @@ def test_the_studio_in_jupyterlab(page, lab):
     app.get_by_label("Iterations").fill("0")
     app.get_by_label("Iterations").press("Enter")
     run.click()
-    app.get_by_role("alert").filter(has_text="iterations = 0: expected a whole number").wait_for(
-        timeout=PATIENT
-    )
+    app.get_by_role("alert").filter(has_text="iterations = 0: expected a whole number").wait_for()
     enabled(page, run)
 
     # and in the dark
