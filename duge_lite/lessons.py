@@ -228,15 +228,6 @@ class Lessons:
         )
 
 
-def autocast(unet: torch.nn.Module) -> torch.autocast:
-    """16-bit arithmetic for a 16-bit UNet; its trained tensors stay in 32 bits.
-
-    Without autocast's cache, which would outlive the weights that are swapped in for a moment.
-    """
-    dtype, device = unet.dtype, unet.device.type
-    return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-
-
 def watching(
     unet: torch.nn.Module, objective: Objective, config: UnlearnConfig, size: tuple[int, int]
 ) -> AbstractContextManager[AttentionRecorder | None]:
@@ -263,7 +254,7 @@ def ask_about_concept(
         part = slice(i, i + size)
         twice = (torch.cat([x[part]] * 2).to(unet.device) for x in (asked.noisy, asked.timesteps))
         text = torch.cat([asked.encoder_hidden_states[part], other[part]]).to(unet.device)
-        with autocast(unet), watching(unet, objective, config, asked.noisy.shape[-2:]) as record:
+        with watching(unet, objective, config, asked.noisy.shape[-2:]) as record:
             frozen = unet(*twice, text).sample
         half = len(frozen) // 2
         concept, instead = (passed(frozen, record, s) for s in (slice(half), slice(half, None)))
@@ -279,10 +270,9 @@ def ask_about_memory(unet: torch.nn.Module, asked: Noised, config: UnlearnConfig
     answer, inputs = asked.truth, (asked.noisy, asked.timesteps, asked.encoder_hidden_states)
     if config.preserve == "reference":
         size = config.memory_batch_size
-        with autocast(unet):
-            parts = [
-                unet(*(x[i : i + size].to(unet.device) for x in inputs)).sample.cpu()
-                for i in range(0, len(answer), size)
-            ]
+        parts = [
+            unet(*(x[i : i + size].to(unet.device) for x in inputs)).sample.cpu()
+            for i in range(0, len(answer), size)
+        ]
         answer = torch.cat(parts)
     return Lessons(*inputs, (answer,))

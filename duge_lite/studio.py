@@ -28,15 +28,15 @@ from .unlearning import UnlearnConfig, UnlearningRun, UnlearnState, unlearn
 LOSSES = {
     "attention": "the concept's name goes unheard",
     "prior": "everything else stays as it is",
-    "regularization": "the weights stay near their start",
+    "regularization": "weights stay near their start",
 }
 """What each loss asks for; its weight is ``lambda_<name>`` of UnlearnConfig."""
 
 STYLE = """<style>
-.duge-runs { overflow-x: auto }
+.duge-runs { overflow-x: auto; line-height: 1.4 }
 .duge-runs table { border-collapse: collapse; font-size: 12px; font-variant-numeric: tabular-nums }
-.duge-runs th, .duge-runs td { padding: 2px 8px; text-align: right; white-space: nowrap; border: 0 }
-.duge-runs thead tr:first-child th { text-align: left }
+.duge-runs th, .duge-runs td { padding: 3px 6px; text-align: right; white-space: nowrap; border: 0 }
+.duge-runs thead tr:first-child th { text-align: center }
 .duge-runs thead tr:last-child th { font-weight: normal; opacity: 0.75 }
 .duge-runs tbody tr { border-top: 1px solid rgba(128, 128, 128, 0.4) }
 </style>"""
@@ -219,12 +219,12 @@ class UnlearningStudio(widgets.VBox):
 
         def on_step(state: UnlearnState) -> None:
             states.append(vars(state))
-            self.progress.value, last = state.step, state.step == state.iterations
+            self.progress.value = state.step
             now = f"{title}: iteration {state.step} of {state.iterations}"
             try:
-                if state.step % self.curves_every == 0 or last:
+                if state.step % self.curves_every == 0:
                     _show(self.curves, visualize.loss_curves(pd.DataFrame(states).set_index("step"), now))
-                if state.step % self.preview_every == 0 and not last:
+                if state.step % self.preview_every == 0 and state.step < state.iterations:
                     self._look(before, now)
             except Exception as error:  # as if stopped: what was learned is kept, and Undo stays possible
                 failed.append(error)
@@ -240,6 +240,7 @@ class UnlearningStudio(widgets.VBox):
         if failed:
             raise failed[0]
         done = f"after {len(states)} of {config.iterations} iterations"
+        _show(self.curves, visualize.loss_curves(run.history, f"{title}: {done}"))
         self.rows[-1] |= self._look(before, f"{title}: {done}")
         how = f"stopped {done}" if len(states) < config.iterations else "is done"
         self._say(f"Run {len(self.rows)} {how} ({run.seconds:.0f} s).{self._verdict} Undo takes it back.")
@@ -250,8 +251,8 @@ class UnlearningStudio(widgets.VBox):
         now = preview(self.pipe, concept, self.seed, self.preview_steps)
         if self.judge is not None:
             (was, _), (found, others) = before.found(self.judge), now.found(self.judge)
-            cells = {("found by the judge", "before"): was, ("found by the judge", "after"): found}
-            cells["found by the judge", "others"] = others
+            cells = {("judge finds", "before"): was, ("judge finds", "after"): found}
+            cells["judge finds", "others"] = others
             self._verdict = f" The judge finds it in {found} pictures ({was} before), the others in {others}."
         rows = [before.pictures, now.pictures]
         _show(self.pictures, visualize.image_grid(rows, ("before", "now"), before.names, title))
@@ -261,18 +262,20 @@ class UnlearningStudio(widgets.VBox):
 
     def _row(self, run: UnlearningRun) -> dict[tuple[str, str], object]:
         last, config = run.history.iloc[-1], run.config
-        done = f"{len(run.history)} of {config.iterations}"
         return {
             ("run", "concept"): run.concept,
             ("run", "on top of"): ", ".join(map(str, self._kept())) or "–",
             ("run", "now"): "kept",
-            **{("λ", name): getattr(config, f"lambda_{name}") or "off" for name in LOSSES},
+            **{("judge finds", what): "–" for what in ("before", "after", "others") if self.judge},
+            ("λ", "att."): config.lambda_attention or "off",
+            ("λ", "prior"): config.lambda_prior or "off",
+            ("λ", "reg."): config.lambda_regularization or "off",
             ("", "lr"): config.lr,
-            ("", "iterations"): done,
-            ("", "seconds"): f"{run.seconds:.0f}",
-            ("loss at the end", "attention"): last.forget,
+            ("", "iterations"): f"{len(run.history)} of {config.iterations}",
+            ("", "s"): f"{run.seconds:.0f}",
+            ("loss at the end", "att."): last.forget,
             ("loss at the end", "prior"): last.prior,
-            ("loss at the end", "regularization"): last.regularization,
+            ("loss at the end", "reg."): last.regularization,
         }
 
     def _kept(self) -> list[int]:
@@ -280,13 +283,13 @@ class UnlearningStudio(widgets.VBox):
         return [i for i, row in enumerate(self.rows, 1) if row["run", "now"] == "kept"]
 
     def _say(self, text: str) -> None:
-        self.message.value = f"<span>{html.escape(text)}</span>"
+        self.message.value = f'<div style="line-height: 1.5">{html.escape(text)}</div>'
 
     def _fail(self, error: BaseException) -> None:
         self.error, text = error, " ".join(str(error).split()) or "Interrupted; what was learned is kept."
         plain = isinstance(error, ValueError | KeyboardInterrupt) or type(error).__module__ == errors.__name__
         text = text if plain else f"{type(error).__name__}: {text}"
-        self.message.value = f'<span role="alert">⚠ {html.escape(text)}</span>'
+        self.message.value = f'<div role="alert" style="line-height: 1.5">⚠ {html.escape(text)}</div>'
 
     def _refresh(self) -> None:
         """Switches the controls on or off, and writes the table."""
@@ -299,13 +302,13 @@ class UnlearningStudio(widgets.VBox):
         if self.rows:
             frame = pd.DataFrame(self.rows, index=range(1, len(self.rows) + 1))
             frame.columns = pd.MultiIndex.from_tuples(frame.columns)
-            table = frame.to_html(escape=True, border=0, na_rep="–", float_format="{:.3g}".format)
+            table = frame.to_html(escape=True, border=0, float_format="{:.3g}".format)
             self.table.value = f'{STYLE}<div class="duge-runs">{table}</div>'
 
 
 def _field(kind: type[widgets.Widget], label: str, width: str, **values: object) -> widgets.Widget:
-    style = {"description_width": "initial"}
-    return kind(description=label, style=style, layout=widgets.Layout(width=width), **values)
+    style, layout = {"description_width": "initial"}, widgets.Layout(width=width, margin="2px 12px 2px 2px")
+    return kind(description=label, style=style, layout=layout, **values)
 
 
 def _button(label: str, icon: str, action: Callable[[], None], **look: str) -> widgets.Button:

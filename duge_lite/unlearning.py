@@ -36,7 +36,6 @@ from .lessons import (
     Pictures,
     ask_about_concept,
     ask_about_memory,
-    autocast,
     draw_pictures,
     encode_prompts,
     memory_prompts,
@@ -107,8 +106,7 @@ def _importance(
         for i in range(0, len(asked.noisy), size):
             inputs = (asked.noisy, asked.timesteps, asked.encoder_hidden_states, asked.truth)
             *inputs, truth = (x[i : i + size].to(unet.device) for x in inputs)
-            with autocast(unet):
-                noise_pred = unet(*inputs).sample.float()
+            noise_pred = unet(*inputs).sample.float()
             by_loss = config.regularizer == "fisher"
             yield prior_preservation_loss(noise_pred, truth) if by_loss else noise_pred.square().mean()
 
@@ -181,8 +179,7 @@ def batch_losses(
     """The objective's loss and the prior-preservation loss, from one pass over both batches."""
     names = ("noisy", "timesteps", "encoder_hidden_states")
     inputs = (torch.cat([getattr(part, name) for part in (forget, keep)]) for name in names)
-    with autocast(unet):
-        noise_pred = unet(*inputs).sample  # (b + m, 4, h, w)
+    noise_pred = unet(*inputs).sample  # (b + m, 4, h, w)
     size = len(forget.noisy)
     learner = passed(noise_pred, record, slice(size))
     loss = objective.loss(learner, forget.wanted)
@@ -232,6 +229,9 @@ def unlearn_steps(
     kept = Noised.of(memory, config.lessons, scheduler, generator)
     other_states = encode_prompts(pipe, others)[target.index]  # (n, T, D)
     trained = trainable_parameters(unet, config)
+    precision = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
+    # without autocast's cache, which would outlive the weights that are swapped in
+    mixed = torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
     weights = (config.lambda_attention, config.lambda_prior, config.lambda_regularization)
 
     step = 0
@@ -247,20 +247,21 @@ def unlearn_steps(
                 p.data = start[name].to(device)
 
         try:
-            with asked:
+            with mixed, asked:
                 lessons = ask_about_concept(unet, target, other_states, objective, config)
                 memory_lessons = ask_about_memory(unet, kept, config)
                 l2 = config.regularizer == "l2"
                 importance = None if l2 else _importance(unet, trained, kept, config)
             optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=0.0)
-            scaler = torch.amp.GradScaler(device.type, enabled=unet.dtype == torch.float16)
+            scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
             for step in range(1, config.iterations + 1):
                 forget = lessons.batch(config.batch_size, generator, device)
                 keep = memory_lessons.batch(config.memory_batch_size, generator, device)
                 # watched to the end of the backward pass: gradient checkpointing runs the layers again
                 with watching(unet, objective, config, memory.latents.shape[-2:]) as record:
-                    forget_loss, prior_loss = batch_losses(unet, forget, keep, objective, record)
+                    with mixed:
+                        forget_loss, prior_loss = batch_losses(unet, forget, keep, objective, record)
                     losses = {
                         "attention" if objective is DUGE else objective.name: forget_loss,
                         "prior": prior_loss,
@@ -279,7 +280,7 @@ def unlearn_steps(
                 scaler.step(optimizer)
                 scaler.update()
                 values = [float(v.detach()) for v in (loss, *losses.values())]
-                with _swapped(trained, {name: p.data.to(unet.dtype) for name, p in trained.items()}):
+                with _swapped(trained, {name: p.data.to(precision) for name, p in trained.items()}):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
         except torch.OutOfMemoryError as error:
             put_back()

@@ -107,7 +107,8 @@ def loss_curves(history: pd.DataFrame, title: str = "The three losses while forg
     figure = Plot(figsize=(9, 2.6), dpi=100, layout="constrained")
     for axes, (column, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         if len(history):
-            values = history[column].where(history[column] > 0)  # R starts at 0, which has no logarithm
+            floor = 1e-6 * max(0.0, history[column].max())  # two losses start at next to nothing
+            values = history[column].where(history[column] > floor)
             axes.plot(history.index, values, color=ACCENT, alpha=0.35, linewidth=1)
             axes.plot(history.index, values.rolling(10, min_periods=1).mean(), color=KEPT, linewidth=2)
             axes.set_yscale("log")

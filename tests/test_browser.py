@@ -315,6 +315,7 @@ def run_cell(page, index: int) -> None:
         except TooLate:
             continue
         page.wait_for_function("e => /\\d/.test(e.innerText)", arg=prompt)
+        assert "Traceback" not in cell.inner_text(), cell.inner_text()
         return
     raise AssertionError(f"JupyterLab did not run cell {index}")
 
@@ -385,7 +386,7 @@ def test_the_studio_in_jupyterlab(page, lab):
     cells = open_notebook(page, lab, "forget")
     run_cell(page, 0)
     app = cells.nth(0).locator(".jp-Cell-outputArea")
-    run, stop, undo = (app.get_by_role("button", name=name, exact=True) for name in ("Run", "Stop", "Undo"))
+    run, stop, undo = (app.locator("button").filter(has_text=name) for name in ("Run", "Stop", "Undo"))
     run.wait_for()
     assert run.is_enabled() and stop.is_disabled() and undo.is_disabled()
     look(page, "studio-at-first")
@@ -425,6 +426,7 @@ def test_the_studio_in_jupyterlab(page, lab):
     # and in the dark
     page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
+    page.locator("#jupyterlab-splash").wait_for(state="detached")
     colour = row.evaluate("e => getComputedStyle(e).color").removeprefix("rgb").strip("a()").split(",")
     assert sum(map(float, colour[:3])) > 3 * 128, "light text on dark"
     look(page, "studio-in-the-dark")

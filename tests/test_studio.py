@@ -229,9 +229,9 @@ def test_the_table_compares_runs_and_escapes_text(app):
     assert [r["run", "on top of"] for r in app.rows] == ["–", "–", "2"]
     assert (first["λ", "prior"], second["λ", "prior"]) == (100.0, "off")
     assert first["", "iterations"] == "4 of 4"
-    assert third["loss at the end", "attention"] == app.runs[1].history.forget.iloc[-1]
-    assert third["found by the judge", "after"].endswith("of 4")
-    assert third["found by the judge", "others"].endswith("of 3")
+    assert third["loss at the end", "att."] == app.runs[1].history.forget.iloc[-1]
+    assert third["judge finds", "after"].endswith("of 4")
+    assert third["judge finds", "others"].endswith("of 3")
     assert app.table.value.count("<tr>") >= 3 and "loss at the end" in app.table.value
     third["run", "concept"] = "<script>alert(1)</script>"
     app.undo.click()

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from .. import visualize
+from ..attention import trace
 from ..evaluation import Judge, evaluate, wilson_interval
 from ..models import load_pipeline, sample
 from .captions import prompt
@@ -79,11 +80,15 @@ def zero_shot(folder: Path, images: list[Image.Image], scenes: list) -> float:
 
 
 def figures(out: Path) -> None:
-    """Draws the contact sheet of the data card and the README's before and after."""
+    """Draws the contact sheet of the data card, where a word looks, and the README's before and after."""
     from ..widgets import before_and_after
 
     (out / "contact-sheet.png").write_bytes(visualize.contact_sheet().png())
-    figure, _ = before_and_after(load_pipeline(out / "doodle-sd"), "apple")
+    pipe = load_pipeline(out / "doodle-sd")
+    late = trace(pipe, prompt(("apple", "umbrella")), seed=3, steps=12).at(8).step(slice(6, None))
+    attention = visualize.word_overlay(late, ["apple", "umbrella", "<pad>"])
+    (out / "attention.png").write_bytes(attention.png())
+    figure, _ = before_and_after(pipe, "apple")
     (out / "overview.png").write_bytes(figure.png())
 
 
