@@ -51,6 +51,8 @@ class UnlearnConfig:
         reference: whose answers count in a sequence of requests: "base", the model before the first one, or
             "previous", the model before this one. The same thing for a single request.
         anchor: the same choice for the weights that the regularization pulls to.
+        revisit: share of the concept's pictures that show concepts of earlier requests, so that they do not
+            come back; 0 for never (ours).
         train: "cross_attention", "kv", "qk", "full", or "lora" (low-rank updates of the cross-attention by
             peft; ``run.export_lora(folder)`` writes them for plain diffusers).
         rank: of the LoRA updates.
@@ -78,6 +80,7 @@ class UnlearnConfig:
     regularizer: str = "l2"
     reference: str = "base"
     anchor: str = "base"
+    revisit: float = 0.25
     train: str = "cross_attention"
     rank: int = 8
     grad_clip: float = 1.0
@@ -95,6 +98,8 @@ class UnlearnConfig:
         for name in ("lambda_attention", "lambda_prior", "lambda_regularization", "scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected 0 (off) or more")
+        if not 0 <= self.revisit < 1:
+            raise ValueError(f"revisit = {self.revisit}: expected a share from 0 (never) to below 1")
         if not isinstance(self.measure_every, int) or self.measure_every < 0:
             raise ValueError(f"measure_every = {self.measure_every!r}: expected 0 (never) or a whole number")
         choices = {

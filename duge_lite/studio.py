@@ -139,7 +139,7 @@ class UnlearningStudio(widgets.VBox):
         self.progress = widgets.IntProgress(max=config.iterations, layout=widgets.Layout(width="18em"))
         self.message, self.table = widgets.HTML(), widgets.HTML()
         self.pictures, self.attention, self.curves = (
-            widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display="none"))
+            widgets.Image(format="png", layout=widgets.Layout(max_width="900px", display="none"))
             for _ in range(3)
         )
         rows = [[self.concept, self.iterations, self.lr]]

@@ -13,8 +13,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from .lessons import (
     watching,
 )
 from .losses import estimate_importance, prior_preservation_loss, regularization_loss
-from .models import model_card
+from .models import ModelCard, model_card
 from .plot import Plot
 
 
@@ -67,12 +67,12 @@ class UnlearnState:
 
 
 @contextmanager
-def _swapped(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
-    """Lets the model be the reference for a moment."""
+def _swapped(parameters: dict[str, Tensor], values: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Lets the model have other weights for a moment; None for its own."""
     own = {name: p.data for name, p in parameters.items()}
     try:
         for name, p in parameters.items():
-            p.data = values[name].to(p.device)
+            p.data = p.data if values is None else values[name]
         yield
     finally:
         for name, p in parameters.items():
@@ -169,6 +169,30 @@ def _drop_idle_adapter(unet: torch.nn.Module) -> None:
         unet.delete_adapters(ADAPTER)
 
 
+def _questions(
+    card: ModelCard, concept: str, earlier: Sequence[str], objective: Objective, config: UnlearnConfig
+) -> tuple[list[str], list[str]]:
+    """Prompts of the concept and a share of earlier ones; and what the reference is asked in their place."""
+    if objective.anchor and (card.check(objective.anchor) in card.styles) != (concept in card.styles):
+        raise ValueError(f"anchor {objective.anchor!r} for {concept!r}: choose a style for a style only")
+
+    def both(name: str, count: int) -> list[tuple[str, str]]:
+        prompts = card.prompts(card.check(name))
+        others = card.nameless(name) if config.without == "nameless" else [""] * len(prompts)
+        if objective.anchor and name == concept:
+            others = card.prompts(objective.anchor)
+        pairs = list(zip(prompts, others, strict=True))
+        return (pairs * -(-count // len(pairs)))[:count]
+
+    old = round(config.revisit * config.target_size) if earlier else 0
+    spread = [len(range(i, old, len(earlier))) for i in range(len(earlier))]  # whole numbers that sum to old
+    asked = both(concept, config.target_size - old)
+    for name, count in zip(earlier, spread, strict=True):
+        asked += both(name, count)
+    prompts, others = zip(*asked, strict=True)
+    return list(prompts), list(others)
+
+
 def batch_losses(
     unet: torch.nn.Module,
     forget: Lessons,
@@ -193,42 +217,40 @@ def unlearn_steps(
     memory: Pictures | None = None,
     objective: Objective = DUGE,
     base: Mapping[str, Tensor] | None = None,
+    earlier: Sequence[str] = (),
 ) -> Iterator[UnlearnState]:
     """Forgets ``concept`` (an object or a style) in place, yielding a state after each iteration.
 
     Stopping early (``break``) keeps what was learned so far. ``memory`` defaults to pictures of the
-    card's other concepts, drawn by the pipeline itself. ``base`` holds the trained tensors of the model
-    before the first of several requests; None when this is the first. Between two states the pipeline can be
-    used.
+    card's other concepts, drawn by the pipeline itself. After other requests (see
+    :func:`duge_lite.sequence.unlearn_sequence`) ``base`` holds the trained tensors of the model before the
+    first of them, and ``earlier`` their concepts. Between two states the pipeline can be used.
 
     Raises UnknownConceptError for a concept that the model's card does not list, DivergedError when a loss
     is no longer finite, OutOfMemoryError when the device's memory is too small; after the last two the
     weights are put back as they were.
     """
     card = model_card(pipe)
-    prompts = card.prompts(card.check(concept))
-    others = card.nameless(concept) if config.without == "nameless" else [""] * len(prompts)
-    if objective.anchor:
-        others = card.prompts(card.check(objective.anchor))
-    if len(others) != len(prompts):
-        raise ValueError(f"anchor {objective.anchor!r} for {concept!r}: choose a style for a style only")
-    repeats = -(-config.target_size // len(prompts))
-    prompts, others = ((texts * repeats)[: config.target_size] for texts in (prompts, others))
+    prompts, others = _questions(card, concept, earlier, objective, config)
     noise_seed = 1_000_000 * (config.seed + 1)  # far from the seeds of evaluation and of other runs
     generator = torch.Generator().manual_seed(config.seed)
     unet, device = pipe.unet, pipe.unet.device
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    if objective.partial:
-        target = Noised.half_drawn(pipe, prompts, config.lessons, noise_seed, generator)
-    else:
-        pictures = draw_pictures(pipe, prompts, seed=noise_seed)
-        target = Noised.of(pictures, config.lessons, scheduler, generator)
-    if memory is None:
-        texts = memory_prompts(card, [concept], config.memory_size, config.seed)
-        memory = draw_pictures(pipe, texts, seed=noise_seed + 500_000)
+    trained = trainable_parameters(unet, config)
+    first = None
+    if base is not None and config.reference == "base":
+        first = {name: value.to(device, trained[name].dtype) for name, value in base.items()}
+    with _swapped(trained, first):  # pictures are drawn by whose answers count
+        if objective.partial:
+            target = Noised.half_drawn(pipe, prompts, config.lessons, noise_seed, generator)
+        else:
+            pictures = draw_pictures(pipe, prompts, seed=noise_seed)
+            target = Noised.of(pictures, config.lessons, scheduler, generator)
+        if memory is None:
+            texts = memory_prompts(card, [*earlier, concept], config.memory_size, config.seed)
+            memory = draw_pictures(pipe, texts, seed=noise_seed + 500_000)
     kept = Noised.of(memory, config.lessons, scheduler, generator)
     other_states = encode_prompts(pipe, others)[target.index]  # (n, T, D)
-    trained = trainable_parameters(unet, config)
     precision = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
     # without autocast's cache, which would outlive the weights that are swapped in
     mixed = torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
@@ -237,17 +259,15 @@ def unlearn_steps(
     step = 0
     with _training(unet, trained):
         start = {name: p.detach().cpu().clone() for name, p in trained.items()}  # exact, off the device
-        first = start if base is None else {n: v.float() for n, v in base.items()}
-        pulls = first if config.anchor == "base" else start
+        pulls = start if base is None or config.anchor == "previous" else base
         anchor = {n: v.to(device, torch.float16) for n, v in pulls.items()}  # all that is kept on the device
-        asked = _swapped(trained, first) if config.reference == "base" else nullcontext()
 
         def put_back() -> None:
             for name, p in trained.items():
                 p.data = start[name].to(device)
 
         try:
-            with mixed, asked:
+            with mixed, _swapped(trained, first):
                 lessons = ask_about_concept(unet, target, other_states, objective, config)
                 memory_lessons = ask_about_memory(unet, kept, config)
                 l2 = config.regularizer == "l2"
@@ -403,6 +423,7 @@ def unlearn(
     progress: bool = True,
     objective: Objective = DUGE,
     base: Mapping[str, Tensor] | None = None,
+    earlier: Sequence[str] = (),
 ) -> UnlearningRun:
     """Makes ``pipe`` forget ``concept``, in place: ``duge.unlearn(pipe, "apple")``.
 
@@ -422,7 +443,7 @@ def unlearn(
         passes += len(args[0] if args else kwargs["sample"])
 
     counter = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
-    steps = unlearn_steps(pipe, concept, config, memory, objective, base)
+    steps = unlearn_steps(pipe, concept, config, memory, objective, base, earlier)
     bar = tqdm(steps, total=config.iterations, desc=f"forgetting {concept}", disable=not progress)
     try:
         for state in bar:

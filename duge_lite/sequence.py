@@ -1,0 +1,166 @@
+"""One concept after another: a sequence of requests to forget, each starting from the last model.
+
+Every finished request is on disk before the next one begins, so that a sequence that was killed goes on
+where it was, and any model along the way can be opened again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import UnlearnConfig
+from .lessons import DUGE, Objective
+from .models import model_card
+from .unlearning import UnlearningRun, UnlearnState, plain_parameters, trainable_parameters, unlearn
+
+
+@dataclass
+class UnlearningSequence:
+    """What :func:`unlearn_sequence` did, step by step; step 0 is the base model.
+
+    Attributes:
+        concepts: what has been forgotten so far, in order.
+        config: the settings of the first request; request k adds k to its seed.
+        runs: one per request.
+        base: the trained weights of the base model, on the CPU.
+    """
+
+    pipe: StableDiffusionPipeline = field(repr=False)
+    config: UnlearnConfig
+    base: dict[str, Tensor] = field(repr=False)
+    runs: list[UnlearningRun] = field(default_factory=list, repr=False)
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        return tuple(run.concept for run in self.runs)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The histories of all requests, indexed by (request, step); requests count from 1."""
+        parts = {k: run.history for k, run in enumerate(self.runs, 1)}
+        return pd.concat(parts, names=["request", "step"]) if parts else pd.DataFrame()
+
+    def costs(self) -> pd.DataFrame:
+        """Seconds, and pictures through the UNet, per request."""
+        rows = [{"concept": r.concept, "seconds": r.seconds, "passes": r.passes} for r in self.runs]
+        return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="request"))
+
+    def weights(self, at: int) -> dict[str, Tensor]:
+        """The trained weights after request ``at``; 0 for the base model's."""
+        if not 0 <= at <= len(self.runs):
+            raise ValueError(f"at = {at}: expected a number from 0 (the base) to {len(self.runs)}")
+        if at == 0:
+            return self.base
+        return self.runs[at].before if at < len(self.runs) else self._last
+
+    def pipeline(self, at: int) -> StableDiffusionPipeline:
+        """The pipeline as it was after request ``at`` (in place); 0 for the base model.
+
+        Raises ValueError for a request that there was not.
+        """
+        parameters = plain_parameters(self.pipe.unet)
+        with torch.no_grad():
+            for name, value in self.weights(at).items():
+                parameters[name].copy_(value)
+        return self.pipe
+
+    def __post_init__(self) -> None:
+        self._last = self.base
+
+    def _append(self, run: UnlearningRun) -> None:
+        parameters = plain_parameters(self.pipe.unet)
+        self.runs.append(run)
+        self._last = {n: parameters[n].detach().cpu().clone() for n in self.base}
+
+
+def sequence_steps(
+    pipe: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    directory: str | Path | None = None,
+    objective: Objective = DUGE,
+    on_step: Callable[[UnlearnState], None] | None = None,
+    progress: bool = True,
+) -> Iterator[UnlearningSequence]:
+    """Forgets ``concepts`` in order, in place, yielding the sequence so far after each request.
+
+    Each request starts from the last model. The memory is drawn anew for each, of constant size, and shows
+    nothing that was ever asked to go; a share ``config.revisit`` of the concept's pictures shows earlier
+    ones. With ``directory``, each request is saved before the next begins (``step_01_apple/`` and so on: the
+    trained weights alone, settings, history), and a sequence that was interrupted goes on after the last
+    finished one, to the same weights.
+
+    Raises UnknownConceptError before anything is done, ValueError for a concept that comes twice or a
+    directory of another sequence, and KeyboardInterrupt when it is stopped: the unfinished request is taken
+    back, the finished ones stay.
+    """
+    card = model_card(pipe)
+    for concept in concepts:
+        card.check(concept)
+    if len(set(concepts)) != len(concepts):
+        raise ValueError(f"{', '.join(concepts)}: a concept comes twice, but can be forgotten only once")
+    trained = trainable_parameters(pipe.unet, config)
+    base = {name: p.detach().cpu().clone() for name, p in trained.items()}
+    folder = None if directory is None else Path(directory)
+    if folder is not None:
+        base = _open(folder, config, objective, base)
+    sequence = UnlearningSequence(pipe, config, base)
+    sequence.pipeline(at=0)  # a sequence that goes on starts over from the base, and reads what is there
+    for k, concept in enumerate(concepts, 1):
+        step = None if folder is None else folder / f"step_{k:02d}_{concept.replace(' ', '-')}"
+        if step is not None and step.exists():
+            run = UnlearningRun.load(step, pipe)
+        else:
+            if folder is not None and (other := next(folder.glob(f"step_{k:02d}_*"), None)):
+                if not other.name.endswith(".part"):
+                    raise ValueError(f"{folder} holds another sequence: {other.name} instead of {step.name}")
+            mine = replace(config, seed=config.seed + k - 1)
+            earlier = tuple(concepts[: k - 1])
+            run = unlearn(pipe, concept, mine, None, on_step, progress, objective, base, earlier)
+            if len(run.history) < config.iterations:
+                run.restore()
+                raise KeyboardInterrupt(f"stopped in request {k} ({concept}), which is taken back")
+            if step is not None:
+                run.save(step)
+        sequence._append(run)
+        yield sequence
+
+
+def unlearn_sequence(
+    pipe: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    directory: str | Path | None = None,
+    objective: Objective = DUGE,
+    on_step: Callable[[UnlearnState], None] | None = None,
+    progress: bool = True,
+) -> UnlearningSequence:
+    """Makes ``pipe`` forget ``concepts`` one after another: all of :func:`sequence_steps` at once."""
+    if not concepts:
+        raise ValueError("no concepts: expected at least one to forget")
+    *_, sequence = sequence_steps(pipe, concepts, config, directory, objective, on_step, progress)
+    return sequence
+
+
+def _open(
+    folder: Path, config: UnlearnConfig, objective: Objective, base: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Starts a directory, or checks that it was started by the same request; returns the base weights."""
+    about = {"objective": objective.name, "config": asdict(config)}
+    if not (folder / "sequence.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: w.contiguous() for n, w in base.items()}, folder / "base.safetensors")
+        (folder / "sequence.json").write_text(json.dumps(about, indent=1))  # last: it says that all is there
+        return base
+    if json.loads((folder / "sequence.json").read_text()) != about:
+        raise ValueError(f"{folder} holds a sequence with other settings: choose another directory")
+    return load_file(folder / "base.safetensors")

@@ -1,0 +1,185 @@
+"""One concept after another: what each request starts from, what is on disk, and how it goes on."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+import torch
+from conftest import with_own_unet
+
+import duge_lite as duge
+from duge_lite.errors import UnknownConceptError
+from duge_lite.lessons import draw_pictures, memory_prompts
+from duge_lite.sequence import sequence_steps, unlearn_sequence
+from duge_lite.unlearning import UnlearnConfig, plain_parameters
+
+TINY = UnlearnConfig(
+    iterations=2,
+    batch_size=2,
+    memory_batch_size=2,
+    target_size=8,
+    memory_size=6,
+    lessons=8,
+    lambda_prior=1.0,
+)
+THREE = ("apple", "gas pump", "neon")
+
+
+def weights(pipe) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in plain_parameters(pipe.unet).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def forget(pipe, concepts=THREE, config=TINY, **options):
+    return unlearn_sequence(pipe, concepts, config, progress=False, **options)
+
+
+def test_each_request_starts_from_the_last_model(tiny_pipe):
+    base, after = weights(tiny_pipe), []
+    for so_far in sequence_steps(tiny_pipe, THREE, TINY, progress=False):
+        sequence = so_far
+        after.append(weights(tiny_pipe))
+    assert sequence.concepts == THREE
+    for start, run in zip([base, *after], sequence.runs, strict=False):
+        assert all(torch.equal(value, start[n]) for n, value in run.before.items())
+    assert not same(after[0], after[1]) and not same(after[1], after[2])
+
+
+def test_any_model_along_the_way_can_be_opened(tiny_pipe):
+    base, after = weights(tiny_pipe), []
+    for so_far in sequence_steps(tiny_pipe, THREE, TINY, progress=False):
+        sequence = so_far
+        after.append(weights(tiny_pipe))
+    for at, expected in [(2, after[1]), (0, base), (3, after[2]), (1, after[0])]:
+        assert same(weights(sequence.pipeline(at=at)), expected)
+    with pytest.raises(ValueError, match=r"at = 4: expected a number from 0 \(the base\) to 3"):
+        sequence.pipeline(at=4)
+
+
+def test_the_memory_is_of_constant_size_and_never_shows_what_went(tiny_pipe, monkeypatch):
+    asked = []
+
+    def spy(pipe, prompts, seed):
+        asked.append(list(prompts))
+        return draw_pictures(pipe, prompts[:2], seed)
+
+    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+    forget(tiny_pipe, config=dataclasses.replace(TINY, memory_size=60))
+    targets, memories = asked[0::2], asked[1::2]
+    assert [len(m) for m in memories] == [60, 60, 60] and [len(t) for t in targets] == [8, 8, 8]
+    for k, memory in enumerate(memories):
+        assert not [text for text in memory for gone in THREE[: k + 1] if gone in text]
+    assert any("gas pump" in text for text in memories[0])
+    # a quarter of the concept's pictures shows earlier ones, so that they do not come back
+    assert [sum("apple" in t for t in target) for target in targets[:2]] == [8, 2]
+    assert sum("gas pump" in t for t in targets[2]) >= 1 <= sum("apple" in t for t in targets[2])
+    assert sum("neon" in t for t in targets[2]) >= 6
+
+
+def test_without_revisits_only_the_new_concept_is_asked_about(tiny_pipe, monkeypatch):
+    asked = []
+
+    def spy(pipe, prompts, seed):
+        asked.append(list(prompts))
+        return draw_pictures(pipe, prompts[:2], seed)
+
+    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+    forget(tiny_pipe, ("apple", "car"), dataclasses.replace(TINY, revisit=0.0))
+    assert all("car" in text for text in asked[2])
+
+
+def test_pictures_are_drawn_by_the_model_whose_answers_count(tiny_pipe, monkeypatch):
+    drawn = {}
+
+    def spy(pipe, prompts, seed):
+        drawn[choice].append(weights(pipe))
+        return draw_pictures(pipe, prompts[:2], seed)
+
+    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+    base = weights(tiny_pipe)
+    for choice in ("base", "previous"):
+        drawn[choice] = []
+        sequence = forget(tiny_pipe, ("apple", "car"), dataclasses.replace(TINY, reference=choice))
+        sequence.pipeline(at=0)
+    assert all(same(w, base) for w in drawn["base"])
+    assert same(drawn["previous"][0], base) and not same(drawn["previous"][2], base)
+
+
+@pytest.mark.parametrize("train", ["cross_attention", "lora"])
+@pytest.mark.parametrize("when", [1, 3, 4])
+def test_a_sequence_that_was_killed_goes_on_to_the_same_weights(
+    tiny_pipe, tiny_master, tmp_path, train, when
+):
+    config = dataclasses.replace(TINY, train=train)
+    forget(tiny_pipe, config=config)
+    undisturbed = weights(tiny_pipe)
+    seen = []
+
+    def kill(state):
+        seen.append(state)
+        if len(seen) == when:
+            raise RuntimeError("the power went out")
+
+    pipe = with_own_unet(tiny_master)
+    with pytest.raises(RuntimeError, match="power"):
+        forget(pipe, config=config, directory=tmp_path / "a", on_step=kill)
+    again = with_own_unet(tiny_master)  # a new process, with a new pipeline
+    sequence = forget(again, config=config, directory=tmp_path / "a", on_step=seen.append)
+    assert same(weights(again), undisturbed)
+    finished = (when - 1) // config.iterations
+    assert len(seen) == when + (3 - finished) * config.iterations  # finished requests are not done again
+    names = ["base.safetensors", "sequence.json", "step_01_apple", "step_02_gas-pump", "step_03_neon"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
+    assert list(sequence.history.index.get_level_values("request").unique()) == [1, 2, 3]
+
+
+def test_the_stop_button_takes_back_the_unfinished_request(tiny_pipe, tmp_path):
+    seen = []
+
+    def press(state):
+        seen.append(state)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"stopped in request 2 \(gas pump\)"):
+        forget(tiny_pipe, directory=tmp_path, on_step=press)
+    stopped = weights(tiny_pipe)
+    assert [p.name for p in sorted(tmp_path.glob("step*"))] == ["step_01_apple"]
+    sequence = forget(tiny_pipe, ("apple",), directory=tmp_path)
+    assert same(weights(tiny_pipe), stopped) and sequence.concepts == ("apple",)
+
+
+def test_a_finished_sequence_is_read_and_not_done_again(tiny_pipe, tmp_path):
+    one = forget(tiny_pipe, directory=tmp_path)
+    learned = weights(tiny_pipe)
+    two = forget(tiny_pipe, directory=tmp_path, on_step=lambda state: pytest.fail("done again"))
+    assert same(weights(tiny_pipe), learned)
+    pd.testing.assert_frame_equal(one.history, two.history, check_dtype=False)
+    assert list(two.costs().concept) == list(THREE) and (two.costs().seconds > 0).all()
+    assert one.costs().passes.nunique() == 1  # the third request costs what the first did
+    assert same(weights(two.pipeline(at=1)), weights(one.pipeline(at=1)))
+
+
+def test_errors_teach_before_anything_is_done(tiny_pipe, tmp_path):
+    base = weights(tiny_pipe)
+    with pytest.raises(UnknownConceptError, match="'aple'"):
+        forget(tiny_pipe, ("car", "aple"))
+    with pytest.raises(ValueError, match="a concept comes twice"):
+        forget(tiny_pipe, ("car", "apple", "car"))
+    with pytest.raises(ValueError, match="no concepts: expected at least one"):
+        forget(tiny_pipe, ())
+    assert same(weights(tiny_pipe), base)
+    forget(tiny_pipe, ("car",), directory=tmp_path)
+    with pytest.raises(ValueError, match="other settings: choose another directory"):
+        forget(tiny_pipe, ("car",), dataclasses.replace(TINY, lr=0.5), directory=tmp_path)
+    with pytest.raises(ValueError, match="holds another sequence: step_01_car instead of step_01_apple"):
+        forget(tiny_pipe, ("apple",), directory=tmp_path)
+
+
+def test_memory_prompts_leave_out_objects_and_styles(tiny_master):
+    card = duge.model_card(tiny_master)
+    prompts = memory_prompts(card, THREE, 100)
+    assert not [p for p in prompts for gone in THREE if gone in p]
