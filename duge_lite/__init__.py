@@ -25,7 +25,7 @@ from .viewer import compare  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttentionTrace", "Judge", "UnlearnConfig", "UnlearningRun", "UnlearningSequence", "checks", "compare", "data_dir", "doodles",
-    "edit_attention", "errors", "evaluate", "load_pipeline", "losses", "model_card", "record_attention",
-    "sample", "trace", "unlearn", "unlearn_sequence", "unlearn_steps",
+    "AttentionTrace", "Judge", "UnlearnConfig", "UnlearningRun", "UnlearningSequence", "checks", "compare",
+    "data_dir", "doodles", "edit_attention", "errors", "evaluate", "load_pipeline", "losses", "model_card",
+    "record_attention", "sample", "trace", "unlearn", "unlearn_sequence", "unlearn_steps",
 ]  # fmt: skip

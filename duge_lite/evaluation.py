@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, ResNetForImageClassification
 
 from .errors import ModelNotFoundError, UnknownConceptError
-from .models import data_dir, model_card, sample
+from .models import ModelCard, data_dir, model_card, sample
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,56 @@ def evaluate(
         mostly = pd.Series(row).mode()[0]
         rows.append({"accuracy": hits / images, "low": low, "high": high, "images": images, "mostly": mostly})
     return pd.DataFrame(rows, index=pd.Index(concepts, name="concept"))
+
+
+def sequence_metrics(matrix: pd.DataFrame, requests: Sequence[str], card: ModelCard) -> pd.DataFrame:
+    """What a sequence of requests did, from the accuracy matrix R[k, j].
+
+    Args:
+        matrix: accuracy of concept j (columns: objects, and styles but the plain one) after request k (rows;
+            0 is the base model).
+        requests: what was asked to go, in order: row k has forgotten the first k of them.
+        card: tells objects from styles.
+
+    Returns a row per request, each number in [0, 1] unless said otherwise:
+
+    - ``UA``: unlearning accuracy, 1 - accuracy, mean over everything that was asked to go so far;
+    - ``IRA``: in-domain retaining accuracy: mean over what is to stay of the last request's kind (objects for
+      an object, styles for a style); ``CRA``: cross-domain, the other kind;
+    - ``HM``: harmonic mean of the three, the headline: it is small when any of them is;
+    - ``revival``: mean accuracy on earlier requests' concepts, which ought to be 0; nan for the first;
+    - ``forgetting``: how much the concepts that are to stay lost, from their best so far; ``transfer``: how
+      they changed since the base model (negative: lost). For what is to go, the sign is turned around: losing
+      it counts as gain, in ``gain``.
+
+    UA, IRA and CRA are UnlearnCanvas' (Zhang et al., arXiv 2402.11846); the others are continual learning's
+    (Lopez-Paz and Ranzato, arXiv 1706.08840), read for forgetting on purpose (ours). Raises ValueError when
+    the matrix lacks a row or a concept.
+    """
+    columns, styles = list(matrix.columns), [s for s in card.styles if s in matrix.columns]
+    if missing := [c for c in requests if c not in columns]:
+        raise ValueError(f"the matrix has no column for {', '.join(missing)}")
+    if len(matrix) != len(requests) + 1:
+        raise ValueError(f"{len(matrix)} rows for {len(requests)} requests: expected one more, the base's")
+    values, rows = matrix.reset_index(drop=True), []
+
+    def mean(accuracies: pd.Series) -> float:
+        return float(accuracies.mean()) if len(accuracies) else float("nan")
+
+    for k in range(1, len(values)):
+        now, gone = values.loc[k], list(requests[:k])
+        kept = [c for c in columns if c not in gone]
+        mine = [c for c in kept if (c in styles) == (requests[k - 1] in styles)]
+        other = [c for c in kept if c not in mine]
+        row = {"UA": 1 - mean(now[gone]), "IRA": mean(now[mine]), "CRA": mean(now[other])}
+        parts = [v for v in row.values() if not np.isnan(v)]
+        row["HM"] = len(parts) / sum(1 / v for v in parts) if min(parts) > 0 else 0.0
+        row["revival"] = mean(now[gone[:-1]])
+        row["forgetting"] = mean(values.loc[:k, kept].max() - now[kept])
+        row["transfer"] = mean(now[kept] - values.loc[0, kept])
+        row["gain"] = mean(values.loc[0, gone] - now[gone])
+        rows.append({"request": requests[k - 1], **row})
+    return pd.DataFrame(rows, index=pd.RangeIndex(1, len(values), name="after"))
 
 
 def kid(before: Sequence[Image.Image], after: Sequence[Image.Image], judge: Judge) -> float:

@@ -18,9 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import UnlearnConfig
+from .evaluation import evaluate, sequence_metrics
 from .lessons import DUGE, Objective
 from .models import model_card
 from .unlearning import UnlearningRun, UnlearnState, plain_parameters, trainable_parameters, unlearn
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind in ("to_q", "to_k", "to_v", "to_out") if kind in name), "other")
 
 
 @dataclass
@@ -72,6 +77,47 @@ class UnlearningSequence:
             for name, value in self.weights(at).items():
                 parameters[name].copy_(value)
         return self.pipe
+
+    def matrix(self, concepts: Sequence[str] | None = None, **how: object) -> pd.DataFrame:
+        """The accuracy matrix R[k, j]: accuracy on concept j after request k; row 0 is the base model.
+
+        ``concepts`` defaults to all that can be forgotten, so that styles are looked at as well; the other
+        arguments are those of :func:`duge_lite.evaluation.evaluate`, whose seeds are the same for every row.
+        Afterwards the pipeline is the last model again.
+        """
+        concepts = list(model_card(self.pipe).forgettable if concepts is None else concepts)
+        try:
+            rows = [
+                evaluate(self.pipeline(at=k), concepts, **how).accuracy for k in range(len(self.runs) + 1)
+            ]
+        finally:
+            self.pipeline(at=len(self.runs))
+        matrix = pd.DataFrame(rows, index=pd.RangeIndex(len(rows), name="after"))
+        return matrix.rename_axis(columns="concept")
+
+    def metrics(self, matrix: pd.DataFrame) -> pd.DataFrame:
+        """UA, IRA, CRA and more after each request; see :func:`duge_lite.evaluation.sequence_metrics`."""
+        return sequence_metrics(matrix, self.concepts, model_card(self.pipe))
+
+    def drift(self) -> pd.DataFrame:
+        """How far the trained weights went, as a share of their own size: from the base, and in this request.
+
+        One row per request and kind of layer (to_q, to_k, to_v, to_out, other).
+        """
+
+        def norm(change: dict[str, Tensor], kind: str) -> float:
+            own = [v.float().flatten() for n, v in change.items() if _kind(n) == kind]
+            return float(torch.cat(own).norm())
+
+        rows = []
+        for k in range(1, len(self.runs) + 1):
+            now, last = self.weights(k), self.weights(k - 1)
+            for kind in dict.fromkeys(map(_kind, now)):
+                size = norm(self.base, kind) or 1.0  # LoRA starts from zeros
+                far, step = ({n: now[n].float() - w[n].float() for n in now} for w in (self.base, last))
+                share = {"from base": norm(far, kind) / size, "this request": norm(step, kind) / size}
+                rows.append({"request": k, "kind": kind, **share})
+        return pd.DataFrame(rows).set_index(["request", "kind"]) if rows else pd.DataFrame()
 
     def __post_init__(self) -> None:
         self._last = self.base

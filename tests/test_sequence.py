@@ -9,6 +9,7 @@ from conftest import with_own_unet
 
 import duge_lite as duge
 from duge_lite.errors import UnknownConceptError
+from duge_lite.evaluation import sequence_metrics
 from duge_lite.lessons import draw_pictures, memory_prompts
 from duge_lite.sequence import sequence_steps, unlearn_sequence
 from duge_lite.unlearning import UnlearnConfig, plain_parameters
@@ -183,3 +184,67 @@ def test_memory_prompts_leave_out_objects_and_styles(tiny_master):
     card = duge.model_card(tiny_master)
     prompts = memory_prompts(card, THREE, 100)
     assert not [p for p in prompts for gone in THREE if gone in p]
+
+
+def test_metrics_by_hand(tiny_master):
+    card = duge.model_card(tiny_master)
+    matrix = pd.DataFrame(
+        [
+            [1.0, 1.0, 0.8, 1.0, 1.0],
+            [0.1, 0.9, 0.8, 1.0, 0.9],
+            [0.3, 0.6, 0.0, 0.9, 0.5],
+            [0.2, 0.6, 0.2, 0.0, 0.5],
+        ],
+        columns=["apple", "orange", "car", "neon", "sketch"],
+    )
+    table = sequence_metrics(matrix, ["apple", "car", "neon"], card)
+    expected = pd.DataFrame(
+        {
+            "request": ["apple", "car", "neon"],
+            "UA": [0.9, 1 - 0.3 / 2, 1 - 0.4 / 3],
+            "IRA": [0.85, 0.6, 0.5],  # orange and car; orange; sketch
+            "CRA": [0.95, 0.7, 0.6],  # neon and sketch; the same; orange
+            "HM": [3 / (1 / 0.9 + 1 / 0.85 + 1 / 0.95), 3 / (1 / 0.85 + 1 / 0.6 + 1 / 0.7), 0.0],
+            "revival": [float("nan"), 0.3, 0.2],
+            "forgetting": [(0.1 + 0 + 0 + 0.1) / 4, (0.4 + 0.1 + 0.5) / 3, (0.4 + 0.5) / 2],
+            "transfer": [-0.2 / 4, -1.0 / 3, -0.9 / 2],
+            "gain": [0.9, (0.7 + 0.8) / 2, (0.8 + 0.6 + 1.0) / 3],
+        },
+        index=pd.RangeIndex(1, 4, name="after"),
+    )
+    expected.loc[3, "HM"] = 3 / (1 / (1 - 0.4 / 3) + 1 / 0.5 + 1 / 0.6)
+    pd.testing.assert_frame_equal(table, expected)
+
+
+def test_metrics_teach(tiny_master):
+    card, matrix = duge.model_card(tiny_master), pd.DataFrame([[1.0], [0.0]], columns=["apple"])
+    with pytest.raises(ValueError, match="no column for car"):
+        sequence_metrics(matrix, ["car"], card)
+    with pytest.raises(ValueError, match="2 rows for 2 requests: expected one more"):
+        sequence_metrics(pd.DataFrame([[1.0, 1.0]] * 2, columns=["apple", "car"]), ["apple", "car"], card)
+    alone = sequence_metrics(matrix, ["apple"], card)  # nothing is left to stay
+    assert alone.UA[1] == 1 and alone.HM[1] == 1 and alone[["IRA", "CRA"]].isna().all(axis=None)
+
+
+def test_the_matrix_has_a_row_for_every_model(tiny_pipe, tiny_judge):
+    sequence = forget(tiny_pipe, ("apple", "neon"))
+    learned = weights(tiny_pipe)
+    how = dict(images=2, steps=2, judge=tiny_judge)
+    matrix = sequence.matrix(["apple", "car", "neon"], **how)
+    assert matrix.shape == (3, 3) and matrix.index.name == "after" and same(weights(tiny_pipe), learned)
+    alone = duge.evaluate(sequence.pipeline(at=1), ["apple", "car", "neon"], **how).accuracy
+    assert matrix.loc[1].tolist() == alone.tolist()
+    assert list(sequence.metrics(matrix).request) == ["apple", "neon"]
+
+
+def test_drift_tells_how_far_the_weights_went(tiny_pipe):
+    sequence = forget(tiny_pipe, ("apple", "car"))
+    drift = sequence.drift()
+    assert set(drift.index.get_level_values("kind")) == {"to_q", "to_k", "to_v", "to_out"}
+    first = drift.loc[1]
+    assert (first["from base"] > 0).all() and first["from base"].tolist() == first["this request"].tolist()
+    names = [n for n in sequence.base if "to_v" in n]
+    base, now = (torch.cat([w[n].flatten() for n in names]) for w in (sequence.base, sequence.weights(2)))
+    assert drift.loc[(2, "to_v"), "from base"] == pytest.approx(
+        float((now - base).norm() / base.norm()), rel=1e-5
+    )
