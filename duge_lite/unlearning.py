@@ -428,8 +428,8 @@ def unlearn(
     """Makes ``pipe`` forget ``concept``, in place: ``duge.unlearn(pipe, "apple")``.
 
     Shows a progress bar; ``on_step(state)`` is called after every iteration. An interruption (the stop
-    button) keeps what has been learned so far and returns the run. For the other arguments and the errors see
-    :func:`unlearn_steps`.
+    button) keeps what has been learned so far and returns the run; after any error the weights are as they
+    were. For the other arguments and the errors see :func:`unlearn_steps`.
     """
     started = time.perf_counter()
     model_card(pipe).check(concept)
@@ -452,7 +452,16 @@ def unlearn(
             if on_step is not None:
                 on_step(state)
     except KeyboardInterrupt:
-        bar.write(f"stopped after {len(rows)} of {config.iterations} iterations; what was learned is kept")
+        if progress:
+            bar.write(
+                f"stopped after {len(rows)} of {config.iterations} iterations; what was learned is kept"
+            )
+    except Exception:  # there will be no run to undo it with
+        steps.close()
+        with torch.no_grad():
+            for name, value in before.items():
+                trained[name].copy_(value)
+        raise
     finally:
         steps.close()
         bar.close()
