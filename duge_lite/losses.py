@@ -120,6 +120,8 @@ def regularization_loss(
     count = sum(p.numel() for p in parameters.values())
     total = 0.0
     for name, p in parameters.items():
+        if p.shape != anchor[name].shape:
+            raise ValueError(f"{name}: {tuple(p.shape)} here and {tuple(anchor[name].shape)} in the anchor")
         square = (_wide(p) - _wide(anchor[name])).square()
         total = total + (square if importance is None else square * _wide(importance[name])).sum()
     return total / count

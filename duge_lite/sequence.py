@@ -122,7 +122,8 @@ class UnlearningSequence:
     def __post_init__(self) -> None:
         self._last = self.base
 
-    def _append(self, run: UnlearningRun) -> None:
+    def append(self, run: UnlearningRun) -> None:
+        """Takes in what was just done to the pipeline, by whatever method."""
         parameters = plain_parameters(self.pipe.unet)
         self.runs.append(run)
         self._last = {n: parameters[n].detach().cpu().clone() for n in self.base}
@@ -177,7 +178,7 @@ def sequence_steps(
                 raise KeyboardInterrupt(f"stopped in request {k} ({concept}), which is taken back")
             if step is not None:
                 run.save(step)
-        sequence._append(run)
+        sequence.append(run)
         yield sequence
 
 

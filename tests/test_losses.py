@@ -171,6 +171,10 @@ def test_regularization_teaches():
         regularization_loss(NOW, {"a": tensor(1, 2)})
     with pytest.raises(ValueError, match="no parameters"):
         regularization_loss({}, {})
+    with pytest.raises(
+        ValueError, match=r"a: \(2,\) here and \(1,\) in the anchor"
+    ):  # no silent broadcasting
+        regularization_loss({"a": tensor(1, 2)}, {"a": tensor(1)})
 
 
 # Precision and gradients
