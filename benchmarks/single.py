@@ -1,7 +1,7 @@
 """One concept forgotten, many ways: the experiment that settles the defaults of UnlearnConfig.
 
     python benchmarks/single.py                 # every setting; goes on where it stopped
-    python benchmarks/single.py --only DUGE     # settings whose name contains a text
+    python benchmarks/single.py --only DUGE UCE # these settings; a text that is no name: all that contain it
     python benchmarks/single.py --table         # only the table and the plot, from what is there
 
 Each cell (setting, target, seed) forgets, draws the same seeds as the base model, and lets the judge read:
@@ -44,10 +44,15 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective | None]]:
     return {
         "DUGE": (c, DUGE),
         "DUGE, target uncond": (replace(c, target="uncond"), DUGE),
+        "DUGE, empty prompt": (replace(c, without="empty"), DUGE),
         "DUGE, eta 1": (replace(c, scale=1.0), DUGE),
         "DUGE, maps, uncond": (replace(probs, target="uncond"), DUGE),
         "DUGE, maps, negative": (replace(probs, target="negative"), DUGE),
         "DUGE, maps, clamped": (probs, DUGE),
+        "DUGE, as reviews give it": (
+            replace(probs, target="uncond", without="empty", preserve="noise"),
+            DUGE,
+        ),
         "DUGE, without attention": (replace(c, lambda_attention=0.0), DUGE),
         "DUGE, without prior": (replace(c, lambda_prior=0.0), DUGE),
         "DUGE, without regularization": (replace(c, lambda_regularization=0.0), DUGE),
@@ -93,7 +98,7 @@ class Bench:
         if key not in self.memories:
             texts = memory_prompts(self.card, [concept], BASE.memory_size, config.seed)
             drawn = draw_pictures(self.pipe, texts, seed=1_000_000 * (config.seed + 1) + 500_000)
-            self.memories = {key: drawn}
+            self.memories[key] = drawn
         m, n = self.memories[key], config.memory_size
         return Pictures(m.latents[:n], m.encoder_hidden_states[:n], m.prompts[:n])
 
@@ -192,7 +197,7 @@ def summarise(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="names of settings, or parts of names")
     parser.add_argument("--targets", nargs="*", default=TARGETS)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--images", type=int, default=8, help="pictures per object")
@@ -204,9 +209,10 @@ def main() -> None:
         done = read(args.out)
         finished = set() if done.empty else set(zip(done.setting, done.target, done.seed, strict=True))
         bench = Bench(args.images)
+        chosen = [n for n in settings() if any(n == o or (o not in settings() and o in n) for o in args.only)]
         for seed in args.seeds:  # a full round of settings and targets before the next seed
-            for target in args.targets:
-                for name in [n for n in settings() if args.only in n]:
+            for name in chosen:
+                for target in args.targets:
                     needless = name == ORACLE and (seed != SEEDS[0] or not oracle_folder(target).exists())
                     if needless or (name, target, seed) in finished:
                         continue
