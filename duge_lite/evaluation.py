@@ -125,10 +125,13 @@ def evaluate(
     prompts = [text for c in concepts for text in asked(c)]
     seeds = [seed + i for _ in concepts for i in range(images)]
     pictures = sample(pipe, prompts, seed=seeds, steps=steps, guidance_scale=guidance_scale)
+    named = np.empty(len(pictures), dtype=object)
+    for among in (card.concepts, card.styles):
+        mine = [i for i in range(len(pictures)) if concepts[i // images] in among]
+        if mine:
+            named[mine] = judge.names([pictures[i] for i in mine], among)
     rows = []
-    for k, concept in enumerate(concepts):
-        among = card.styles if concept in card.styles else card.concepts
-        row = np.asarray(judge.names(pictures[k * images : (k + 1) * images], among))
+    for concept, row in zip(concepts, named.reshape(len(concepts), images), strict=True):
         hits = int((row == concept).sum())
         low, high = wilson_interval(hits, images)
         mostly = pd.Series(row).mode()[0]

@@ -163,6 +163,26 @@ def test_evaluate_takes_all_concepts_by_default(tiny_pipe):
     assert list(table.index) == list(OBJECTS) and (table.accuracy == 1).all()
 
 
+def test_a_style_is_drawn_with_the_objects_in_turn_and_named_among_styles(tiny_pipe, monkeypatch):
+    asked, among_what = [], {}
+
+    def spy(pipe, prompts, **how):
+        asked.extend(prompts)
+        return [Image.new("RGB", (64, 64))] * len(prompts)
+
+    class Styles:
+        def names(self, images, among):
+            among_what[tuple(among)] = len(images)
+            return (["neon", "photo", "neon"] if "neon" in among else ["apple"] * 3)[: len(images)]
+
+    monkeypatch.setattr(duge.evaluation, "sample", spy)
+    table = duge.evaluate(tiny_pipe, ["apple", "neon"], images=3, judge=Styles())
+    assert asked[:3] == ["a photo of an apple"] * 3
+    assert asked[3:] == ["a neon sign of an apple", "a neon sign of an orange", "a neon sign of a broccoli"]
+    assert among_what == {tuple(OBJECTS): 3, tuple(STYLES): 3}
+    assert table.accuracy.tolist() == [1.0, pytest.approx(2 / 3)]
+
+
 def test_same_seeds_same_numbers(tiny_pipe, tiny_judge):
     arguments = dict(concepts=["harp", "apple"], images=2, judge=tiny_judge, steps=2)
     torch.manual_seed(1)
