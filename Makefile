@@ -6,6 +6,8 @@ NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 EXECUTE = $(PY) -m nbconvert --log-level=ERROR --execute --ExecutePreprocessor.timeout=900 \
 	--ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False
 
+ROOT_TOO = $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one often is
+
 .DEFAULT_GOAL := help
 .PHONY: help lab test quick run notebooks lint format wheel clean
 
@@ -20,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 lab: $(STAMP)  ## open the course in JupyterLab
-	$(PY) -m jupyter lab notebooks
+	$(PY) -m jupyter lab notebooks $(ROOT_TOO)
 
 test: $(STAMP)  ## all tests, and every notebook executed from top to bottom
 	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=900
