@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from .doodles.draw import OBJECTS, STYLES, draw
 from .plot import Plot
-from .viewer import layer_label
+from .viewer import COLORS, layer_label
 from .visualize_attention import (
-    _table,
+    _color_bar,
+    _panels,
     attention_difference,
     concentration,
     denoising,
@@ -153,24 +154,29 @@ def accuracy_plot(
 
 
 def target_maps(rows: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -> Plot:
-    """One token's maps, (h, w) by layer, a row for each name, on one scale; below zero there is a cross."""
+    """One token's maps, (h, w) by layer, a row for each name; below zero there is a cross.
+
+    All share one scale. It spreads out the small shares, where targets differ.
+    """
     layers = list(next(iter(rows.values())))
-    maps = [[np.asarray(row[layer], dtype=float) for layer in layers] for row in rows.values()]
-    labels = [f"{layer_label(n)}\n{m.shape[1]}×{m.shape[0]}" for n, m in zip(layers, maps[0], strict=True)]
-    figure = _table(maps, list(rows), labels, [None] * len(layers), smooth=False)
-    counts = []
-    for i, row in enumerate(maps):
-        for j, heat in enumerate(row):
+    maps = {name: [np.asarray(row[layer], dtype=float) for layer in layers] for name, row in rows.items()}
+    norm = PowerNorm(0.5, 0, max(1e-9, *(heat.max() for row in maps.values() for heat in row)))
+    figure, axes = _panels(len(rows), len(layers), 1.15, left=0.1 * max(map(len, rows)))
+    for line, (name, row) in zip(axes, maps.items(), strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        for one, heat in zip(line, row, strict=True):
+            h, w = heat.shape
+            image = one.imshow(heat.clip(0), cmap=COLORS, norm=norm, extent=(0, w, h, 0))
             y, x = np.nonzero(heat < 0)
-            size = 30 / max(heat.shape)
-            axes = figure.axes[i * len(layers) + j]
-            axes.plot(x + 0.5, y + 0.5, "x", color="white", ms=size, mew=size / 5, linestyle="none")
-        counts.append(sum(int((heat < 0).sum()) for heat in row))
+            one.plot(x + 0.5, y + 0.5, "x", color="white", ms=30 / max(h, w), mew=6 / max(h, w))
+    for one, layer, heat in zip(axes[0], layers, maps[next(iter(rows))], strict=True):
+        one.set_title(f"{layer_label(layer)}\n{heat.shape[1]}×{heat.shape[0]}", fontsize=9, pad=3)
+    _color_bar(figure, axes, image)
     figure.suptitle(title, fontsize=11)
-    means = (np.mean([heat.mean() for heat in row]) for row in maps)
     figure.alt = f"{title or 'Maps'}, in {len(layers)} layers: " + "; ".join(
-        f"{name}: {mean:.1%} on average, {below} places below zero"
-        for name, mean, below in zip(rows, means, counts, strict=True)
+        f"{name}: {np.mean([heat.mean() for heat in row]):.1%} on average, "
+        f"{sum(int((heat < 0).sum()) for heat in row)} places below zero"
+        for name, row in maps.items()
     )
     return figure
 
@@ -225,7 +231,8 @@ def matrices(panels: Mapping[str, Mapping[str, float]], title: str = "") -> Plot
 
     One logarithmic colour scale for all panels; an exact zero has no colour but a hatching.
     """
-    layers = list(dict.fromkeys(name.split(".attn2.")[0] for name in next(iter(panels.values()))))
+    names = dict.fromkeys(name.split(".attn2.")[0] for name in next(iter(panels.values())))
+    layers = sorted(names, key=lambda n: ("up" in n, "mid" in n))  # down, mid, up: the forward order
     tables = []
     for values in panels.values():
         table = np.zeros((len(MATRICES), len(layers)))
