@@ -19,7 +19,7 @@ from .config import UnlearnConfig
 from .lessons import Objective, Pass, encode_prompts
 from .losses import prior_preservation_loss
 from .models import model_card
-from .unlearning import UnlearningRun, plain_parameters
+from .unlearning import UnlearningRun, overwrite, plain_parameters
 
 
 def _predicts(learner: Pass, wanted: tuple[Tensor, ...]) -> Tensor:
@@ -98,8 +98,7 @@ def uce(
     layers = (".attn2.to_k.weight", ".attn2.to_v.weight")
     matrices = {n: w for n, w in plain_parameters(pipe.unet).items() if n.endswith(layers)}
     before = {n: w.detach().cpu().clone() for n, w in matrices.items()}
-    for w in matrices.values():
-        w.copy_((w.double().cpu() @ change).to(w.dtype))
+    overwrite(matrices, {n: w.double().cpu() @ change for n, w in matrices.items()})
     history = pd.DataFrame(index=pd.Index([], name="step"))
     seconds = time.perf_counter() - started
     return UnlearningRun(pipe, concept, UnlearnConfig(train="kv"), history, seconds, before, "UCE")

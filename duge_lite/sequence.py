@@ -21,7 +21,14 @@ from .config import UnlearnConfig
 from .evaluation import evaluate, sequence_metrics
 from .lessons import DUGE, Objective
 from .models import model_card
-from .unlearning import UnlearningRun, UnlearnState, plain_parameters, trainable_parameters, unlearn
+from .unlearning import (
+    UnlearningRun,
+    UnlearnState,
+    overwrite,
+    plain_parameters,
+    trainable_parameters,
+    unlearn,
+)
 
 
 def _kind(name: str) -> str:
@@ -72,10 +79,7 @@ class UnlearningSequence:
 
         Raises ValueError for a request that there was not.
         """
-        parameters = plain_parameters(self.pipe.unet)
-        with torch.no_grad():
-            for name, value in self.weights(at).items():
-                parameters[name].copy_(value)
+        overwrite(plain_parameters(self.pipe.unet), self.weights(at))
         return self.pipe
 
     def matrix(self, concepts: Sequence[str] | None = None, **how: object) -> pd.DataFrame:

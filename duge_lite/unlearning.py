@@ -70,6 +70,7 @@ class UnlearnState:
 def _swapped(parameters: dict[str, Tensor], values: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Lets the model have other weights for a moment; None for its own."""
     own = {name: p.data for name, p in parameters.items()}
+    torch.clear_autocast_cache()  # a caller's: see overwrite()
     try:
         for name, p in parameters.items():
             p.data = p.data if values is None else values[name]
@@ -77,6 +78,7 @@ def _swapped(parameters: dict[str, Tensor], values: Mapping[str, Tensor] | None)
     finally:
         for name, p in parameters.items():
             p.data = own[name]
+        torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -151,6 +153,17 @@ def trainable_parameters(unet: torch.nn.Module, config: UnlearnConfig) -> dict[s
     lora = config.train == "lora"
     chosen = TRAINABLE[config.train]
     return {n: p for n, p in plain_parameters(unet).items() if (".lora_" in n) == lora and chosen(n)}
+
+
+def overwrite(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Writes ``values`` over the parameters of the same names, in place.
+
+    A caller's ``torch.autocast`` forgets its 16-bit copies, or it would go on with the old weights.
+    """
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    torch.clear_autocast_cache()
 
 
 def plain_parameters(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -251,7 +264,9 @@ def unlearn_steps(
             memory = draw_pictures(pipe, texts, seed=noise_seed + 500_000)
     kept = Noised.of(memory, config.lessons, scheduler, generator)
     other_states = encode_prompts(pipe, others)[target.index]  # (n, T, D)
-    precision = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
+    stored = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
+    asked = torch.is_autocast_enabled(device.type)  # by the caller
+    precision = torch.get_autocast_dtype(device.type) if asked else stored
     # without autocast's cache, which would outlive the weights that are swapped in
     mixed = torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
     weights = (config.lambda_attention, config.lambda_prior, config.lambda_regularization)
@@ -300,7 +315,7 @@ def unlearn_steps(
                 scaler.step(optimizer)
                 scaler.update()
                 values = [float(v.detach()) for v in (loss, *losses.values())]
-                with _swapped(trained, {name: p.data.to(precision) for name, p in trained.items()}):
+                with _swapped(trained, {name: p.data.to(stored) for name, p in trained.items()}):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
         except torch.OutOfMemoryError as error:
             put_back()
@@ -340,11 +355,8 @@ class UnlearningRun:
 
     def restore(self) -> None:
         """Puts the weights from before the run back into the pipeline."""
-        parameters = plain_parameters(self.pipe.unet)
-        with torch.no_grad():
-            for name, value in self.before.items():
-                if name in parameters:  # an adapter that changes nothing is gone already
-                    parameters[name].copy_(value)
+        parameters = plain_parameters(self.pipe.unet)  # an adapter that changes nothing is gone already
+        overwrite(parameters, {n: value for n, value in self.before.items() if n in parameters})
         _drop_idle_adapter(self.pipe.unet)
 
     def plot(self) -> Plot:
@@ -407,9 +419,7 @@ class UnlearningRun:
                 f"{folder} belongs to another model: {strange[0]} and {len(strange) - 1} more do not fit"
             )
         before = {n: parameters[n].detach().cpu().clone() for n in weights}
-        with torch.no_grad():
-            for name, weight in weights.items():
-                parameters[name].copy_(weight)
+        overwrite(parameters, weights)
         history = pd.read_csv(folder / "history.csv", index_col="step")
         return cls(pipe=pipe, config=config, history=history, before=before, **about)
 
@@ -458,9 +468,7 @@ def unlearn(
             )
     except Exception:  # there will be no run to undo it with
         steps.close()
-        with torch.no_grad():
-            for name, value in before.items():
-                trained[name].copy_(value)
+        overwrite(trained, before)
         raise
     finally:
         steps.close()

@@ -523,6 +523,23 @@ def test_bf16_follows_the_path_of_fp32(bf16_pipe, tiny_memory, forget):
     assert half.prior.iloc[1:].tolist() == pytest.approx(full.prior.iloc[1:].tolist(), rel=0.2)
 
 
+def test_a_callers_autocast_is_used_and_sees_the_new_weights(tiny_pipe, forget):
+    def look() -> torch.Tensor:
+        return duge.sample(tiny_pipe, "a photo of an apple", steps=2, latents=True)
+
+    full = forget(iterations=6)
+    full.restore()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = look()
+        run = forget(iterations=6)
+        during = look()
+        run.restore()
+        assert torch.equal(look(), before)
+    assert not torch.equal(during, before)
+    assert run.history.forget.tolist() != full.history.forget.tolist()  # 16 bits are not 32
+    assert run.history.forget.tolist() == pytest.approx(full.history.forget.tolist(), rel=0.05)
+
+
 def test_a_bf16_pipeline_can_be_watched(bf16_pipe, forget):
     def look(state=None) -> torch.Tensor:
         previews.append(duge.sample(bf16_pipe, "a photo of a car", steps=2, latents=True))
@@ -543,17 +560,18 @@ def test_a_bf16_pipeline_is_restored_after_divergence(bf16_pipe, tiny_memory, fo
     assert not changed(bf16_pipe, before)
 
 
+@pytest.mark.slow  # few processors multiply 16-bit floats quickly
 @pytest.mark.parametrize("train", ["cross_attention", "full", "lora"])
 def test_an_fp16_pipeline_learns_with_a_scaler(tiny_pipe, forget, train):
-    full = forget(iterations=4, train=train)
+    full = forget(iterations=3, train=train)
     full.restore()
     parts = {k: copy.deepcopy(v) for k, v in tiny_pipe.components.items()}
     pipe = type(tiny_pipe)(**parts, requires_safety_checker=False).to(torch.float16)
     before = weights(pipe)
-    run = forget(pipe=pipe, iterations=4, train=train)
+    run = forget(pipe=pipe, iterations=3, train=train)
     assert {p.dtype for n, p in pipe.unet.named_parameters() if "lora" not in n} == {torch.float16}
     assert bool(changed(pipe, before)) == (train != "lora")
-    assert run.history.forget.tolist() == pytest.approx(full.history.forget.tolist(), rel=0.02)
+    assert run.history.forget.tolist() == pytest.approx(full.history.forget.tolist(), rel=0.1)
     run.restore()
     assert not changed(pipe, before)
 
