@@ -24,7 +24,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from diffusers import UNet2DConditionModel
 
 import duge_lite as duge
 from duge_lite import baselines
@@ -163,10 +162,7 @@ class Bench:
         cell["threads"] = torch.get_num_threads()
         if name == ORACLE:
             known = self.pipe.unet
-            self.pipe.unet = UNet2DConditionModel.from_pretrained(
-                oracle_folder(concept), use_safetensors=True
-            )
-            self.pipe.unet.float().eval()
+            self.pipe.unet = duge.load_oracle(self.pipe, concept).unet
             try:
                 return cell | self.measure(concept)
             finally:

@@ -9,7 +9,7 @@ from numbers import Integral
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from .doodles import captions
@@ -97,6 +97,25 @@ def load_pipeline(
         raise ModelNotFoundError(f"{why} ({_first_line(error)}). {advice}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionPipeline:
+    """``pipe`` with a denoiser that was trained in a world without ``concept``: what forgetting aims at.
+
+    The text encoder and the autoencoder are those of ``pipe``, not copies. Raises ModelNotFoundError when
+    nobody trained such a denoiser; only a world of one's own can be learned anew.
+    """
+    folder = data_dir() / f"doodle-oracle-{concept.replace(' ', '-')}" / "unet"
+    if not folder.is_dir():
+        raise ModelNotFoundError(
+            f"no oracle for {concept!r} at {folder}. Train it with "
+            f'`python -m duge_lite.doodles.train --without "{concept}"`.'
+        )
+    unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+    parts = pipe.components | {"unet": unet.to(pipe.device, pipe.unet.dtype).eval()}
+    oracle = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    oracle.set_progress_bar_config(disable=True)
+    return oracle
 
 
 def _first_line(error: BaseException) -> str:
