@@ -7,8 +7,8 @@
 Each cell (setting, target, seed) forgets, draws the same seeds as the base model, and lets the judge read:
 unlearning accuracy (UA) on photos and on the other styles, retention of the related concepts, of all other
 objects and of styles (relative to the base model), KID of retained pictures against the base model's,
-seconds, and how many pictures went through the UNet. One line of json per cell. The oracle, a denoiser that
-was trained without the concept, is measured in the same way where there is one in ``data/``.
+processor seconds, and how many pictures went through the UNet. One line of json per cell. The oracle, a
+denoiser that was trained without the concept, is measured in the same way where there is one in ``data/``.
 
 Forgetting runs as it does by default; the pictures that are judged, the base model's too, are drawn under
 bfloat16 autocast, which takes half the time on a processor that has it.
@@ -167,7 +167,9 @@ class Bench:
                 return cell | self.measure(concept)
             finally:
                 self.pipe.unet = known
+        started = time.process_time()
         run = self.forget(name, concept, seed)
+        cell["cpu"] = time.process_time() - started
         try:
             budget = {"seconds": run.seconds, "iterations": len(run.history), "passes": run.passes}
             return cell | self.measure(concept) | budget
@@ -190,7 +192,7 @@ def read(path: Path) -> pd.DataFrame:
 def summarise(path: Path) -> None:
     """Prints the table (mean over targets and seeds) and draws UA against retention."""
     cells = read(path)
-    measures = ["UA", "UA styled", "related", "others", "styles", "KID", "seconds", "passes"]
+    measures = ["UA", "UA styled", "related", "others", "styles", "KID", "cpu", "passes"]
     table = cells.groupby("setting", sort=False)[measures].mean()
     table.insert(0, "cells", cells.groupby("setting").size())
     print(table.round(3).to_string())

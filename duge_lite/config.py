@@ -118,6 +118,11 @@ class UnlearnConfig:
         if self.match == "output" and self.target == "clamped":
             raise ValueError('target = "clamped" makes probabilities: it goes with match = "probs" only')
 
+    @property
+    def picture_seed(self) -> int:
+        """The first seed of the pictures: far from those of evaluation and of other runs."""
+        return 1_000_000 * (self.seed + 1)
+
     def table(self) -> pd.DataFrame:
         """The settings as a table."""
         return pd.DataFrame({"value": pd.Series(asdict(self), dtype=object)}).rename_axis("setting")

@@ -72,6 +72,44 @@ def memory_prompts(card: ModelCard, forget: Sequence[str], size: int, seed: int 
     return [card.prompt(kept[i], styles[(i + turn) % len(styles)]) for turn, i in rounds]
 
 
+def fill_memory(
+    pipe: StableDiffusionPipeline,
+    forget: Sequence[str],
+    config: UnlearnConfig,
+    memory: Pictures | None = None,
+) -> Pictures:
+    """A memory of ``config.memory_size`` pictures, none of which was asked for with a name of ``forget``.
+
+    Keeps what it can of ``memory`` and lets the pipeline draw the rest.
+    """
+    card = model_card(pipe)
+    gone = {prompt for concept in forget for prompt in card.prompts(concept)}
+    parts = []
+    if memory is not None:
+        stay = [i for i, prompt in enumerate(memory.prompts) if prompt not in gone][: config.memory_size]
+        texts = tuple(memory.prompts[i] for i in stay)
+        parts.append(Pictures(memory.latents[stay], memory.encoder_hidden_states[stay], texts))
+    if missing := config.memory_size - sum(len(p.prompts) for p in parts):
+        texts = memory_prompts(card, forget, missing, config.seed)
+        parts.append(draw_pictures(pipe, texts, seed=config.picture_seed + 500_000))
+    return Pictures(
+        torch.cat([p.latents for p in parts]),
+        torch.cat([p.encoder_hidden_states for p in parts]),
+        tuple(text for p in parts for text in p.prompts),
+    )
+
+
+def check_memory(card: ModelCard, memory: Pictures, forget: Sequence[str]) -> None:
+    """Raises ValueError for an empty memory, or one that shows what is to go."""
+    if not memory.prompts:
+        raise ValueError("the memory is empty: expected at least one picture of something that is to stay")
+    for concept in forget:
+        if shown := set(card.prompts(concept)) & set(memory.prompts):
+            raise ValueError(
+                f"the memory shows {concept!r} ({min(shown)!r}), which is to go: leave its pictures out"
+            )
+
+
 @dataclass(frozen=True)
 class Noised:
     """Pictures with noise and the text that belongs to them, before anybody was asked; all on the CPU.

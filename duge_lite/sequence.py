@@ -19,13 +19,14 @@ from torch import Tensor
 
 from .config import UnlearnConfig
 from .evaluation import evaluate, sequence_metrics
-from .lessons import DUGE, Objective
+from .lessons import DUGE, Objective, Pictures, fill_memory
 from .models import model_card
 from .unlearning import (
     UnlearningRun,
     UnlearnState,
     overwrite,
     plain_parameters,
+    swapped,
     trainable_parameters,
     unlearn,
 )
@@ -141,12 +142,16 @@ def sequence_steps(
     objective: Objective = DUGE,
     on_step: Callable[[UnlearnState], None] | None = None,
     progress: bool = True,
+    memory: Pictures | None = None,
 ) -> Iterator[UnlearningSequence]:
     """Forgets ``concepts`` in order, in place, yielding the sequence so far after each request.
 
-    Each request starts from the last model. The memory is drawn anew for each, of constant size, and shows
-    nothing that was ever asked to go; a share ``config.revisit`` of the concept's pictures shows earlier
-    ones. With ``directory``, each request is saved before the next begins (``step_01_apple/`` and so on: the
+    Each request starts from the last model. The memory is of constant size and shows nothing that was ever
+    asked to go: with ``reference="base"`` it is drawn once (or given), and what has to leave it is replaced
+    by fresh pictures; with "previous" each model draws its own. A share ``config.revisit`` of the concept's
+    pictures shows earlier ones.
+
+    With ``directory``, each request is saved before the next begins (``step_01_apple/`` and so on: the
     trained weights alone, settings, history), and a sequence that was interrupted goes on after the last
     finished one, to the same weights.
 
@@ -164,7 +169,7 @@ def sequence_steps(
     folder = None if directory is None else Path(directory)
     if folder is not None:
         base = _open(folder, config, objective, base)
-    sequence = UnlearningSequence(pipe, config, base)
+    sequence, filled = UnlearningSequence(pipe, config, base), 0
     sequence.pipeline(at=0)  # a sequence that goes on starts over from the base, and reads what is there
     for k, concept in enumerate(concepts, 1):
         step = None if folder is None else folder / f"step_{k:02d}_{concept.replace(' ', '-')}"
@@ -176,7 +181,14 @@ def sequence_steps(
                     raise ValueError(f"{folder} holds another sequence: {other.name} instead of {step.name}")
             mine = replace(config, seed=config.seed + k - 1)
             earlier = tuple(concepts[: k - 1])
-            run = unlearn(pipe, concept, mine, None, on_step, progress, objective, base, earlier)
+            if config.reference == "base":
+                trained = trainable_parameters(pipe.unet, config)
+                with swapped(trained, {name: value.to(trained[name]) for name, value in base.items()}):
+                    for j in range(filled, k):  # request by request, also after an interruption
+                        once = replace(config, seed=config.seed + j)
+                        memory = fill_memory(pipe, concepts[: j + 1], once, memory)
+                filled = k
+            run = unlearn(pipe, concept, mine, memory, on_step, progress, objective, base, earlier)
             if len(run.history) < config.iterations:
                 run.restore()
                 raise KeyboardInterrupt(f"stopped in request {k} ({concept}), which is taken back")
@@ -194,11 +206,12 @@ def unlearn_sequence(
     objective: Objective = DUGE,
     on_step: Callable[[UnlearnState], None] | None = None,
     progress: bool = True,
+    memory: Pictures | None = None,
 ) -> UnlearningSequence:
     """Makes ``pipe`` forget ``concepts`` one after another: all of :func:`sequence_steps` at once."""
     if not concepts:
         raise ValueError("no concepts: expected at least one to forget")
-    *_, sequence = sequence_steps(pipe, concepts, config, directory, objective, on_step, progress)
+    *_, sequence = sequence_steps(pipe, concepts, config, directory, objective, on_step, progress, memory)
     return sequence
 
 

@@ -36,9 +36,10 @@ from .lessons import (
     Pictures,
     ask_about_concept,
     ask_about_memory,
+    check_memory,
     draw_pictures,
     encode_prompts,
-    memory_prompts,
+    fill_memory,
     passed,
     watching,
 )
@@ -67,7 +68,7 @@ class UnlearnState:
 
 
 @contextmanager
-def _swapped(parameters: dict[str, Tensor], values: Mapping[str, Tensor] | None) -> Iterator[None]:
+def swapped(parameters: dict[str, Tensor], values: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Lets the model have other weights for a moment; None for its own."""
     own = {name: p.data for name, p in parameters.items()}
     torch.clear_autocast_cache()  # a caller's: see overwrite()
@@ -239,29 +240,28 @@ def unlearn_steps(
     :func:`duge_lite.sequence.unlearn_sequence`) ``base`` holds the trained tensors of the model before the
     first of them, and ``earlier`` their concepts. Between two states the pipeline can be used.
 
-    Raises UnknownConceptError for a concept that the model's card does not list, DivergedError when a loss
-    is no longer finite, OutOfMemoryError when the device's memory is too small; after the last two the
-    weights are put back as they were.
+    Raises UnknownConceptError for a concept that the model's card does not list, ValueError for a memory
+    that is empty or shows what is to go, DivergedError when a loss is no longer finite, OutOfMemoryError when
+    the device's memory is too small; after the last two the weights are put back as they were.
     """
     card = model_card(pipe)
     prompts, others = _questions(card, concept, earlier, objective, config)
-    noise_seed = 1_000_000 * (config.seed + 1)  # far from the seeds of evaluation and of other runs
+    if memory is not None:
+        check_memory(card, memory, [*earlier, concept])
     generator = torch.Generator().manual_seed(config.seed)
     unet, device = pipe.unet, pipe.unet.device
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     trained = trainable_parameters(unet, config)
     first = None
     if base is not None and config.reference == "base":
-        first = {name: value.to(device, trained[name].dtype) for name, value in base.items()}
-    with _swapped(trained, first):  # pictures are drawn by whose answers count
+        first = {name: value.to(trained[name]) for name, value in base.items()}
+    with swapped(trained, first):  # pictures are drawn by whose answers count
         if objective.partial:
-            target = Noised.half_drawn(pipe, prompts, config.lessons, noise_seed, generator)
+            target = Noised.half_drawn(pipe, prompts, config.lessons, config.picture_seed, generator)
         else:
-            pictures = draw_pictures(pipe, prompts, seed=noise_seed)
+            pictures = draw_pictures(pipe, prompts, seed=config.picture_seed)
             target = Noised.of(pictures, config.lessons, scheduler, generator)
-        if memory is None:
-            texts = memory_prompts(card, [*earlier, concept], config.memory_size, config.seed)
-            memory = draw_pictures(pipe, texts, seed=noise_seed + 500_000)
+        memory = memory or fill_memory(pipe, [*earlier, concept], config)
     kept = Noised.of(memory, config.lessons, scheduler, generator)
     other_states = encode_prompts(pipe, others)[target.index]  # (n, T, D)
     stored = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
@@ -282,7 +282,7 @@ def unlearn_steps(
                 p.data = start[name].to(device)
 
         try:
-            with mixed, _swapped(trained, first):
+            with mixed, swapped(trained, first):
                 lessons = ask_about_concept(unet, target, other_states, objective, config)
                 memory_lessons = ask_about_memory(unet, kept, config)
                 l2 = config.regularizer == "l2"
@@ -315,7 +315,7 @@ def unlearn_steps(
                 scaler.step(optimizer)
                 scaler.update()
                 values = [float(v.detach()) for v in (loss, *losses.values())]
-                with _swapped(trained, {name: p.data.to(stored) for name, p in trained.items()}):
+                with swapped(trained, {name: p.data.to(stored) for name, p in trained.items()}):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
         except torch.OutOfMemoryError as error:
             put_back()

@@ -8,9 +8,10 @@ import torch
 from conftest import with_own_unet
 
 import duge_lite as duge
+from duge_lite import lessons, unlearning
 from duge_lite.errors import UnknownConceptError
 from duge_lite.evaluation import sequence_metrics
-from duge_lite.lessons import draw_pictures, memory_prompts
+from duge_lite.lessons import Pictures, memory_prompts
 from duge_lite.sequence import sequence_steps, unlearn_sequence
 from duge_lite.unlearning import UnlearnConfig, plain_parameters
 
@@ -60,53 +61,81 @@ def test_any_model_along_the_way_can_be_opened(tiny_pipe):
         sequence.pipeline(at=4)
 
 
-def test_the_memory_is_of_constant_size_and_never_shows_what_went(tiny_pipe, monkeypatch):
-    asked = []
+@pytest.fixture
+def drawn(tiny_pipe, monkeypatch):
+    """What was drawn for (prompts, the weights at that moment): for "memory" and for "concept"."""
+    calls = {"memory": [], "concept": []}
 
-    def spy(pipe, prompts, seed):
-        asked.append(list(prompts))
-        return draw_pictures(pipe, prompts[:2], seed)
+    def spy(kind):
+        def draw(pipe, prompts, seed):
+            calls[kind].append((list(prompts), weights(pipe)))
+            latents = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+            return Pictures(latents, torch.ones(len(prompts), 24, 128), tuple(prompts))
 
-    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+        return draw
+
+    monkeypatch.setattr(lessons, "draw_pictures", spy("memory"))
+    monkeypatch.setattr(unlearning, "draw_pictures", spy("concept"))
+    return calls
+
+
+@pytest.fixture
+def memories(monkeypatch):
+    """The prompts of the memory of each request."""
+    used, steps = [], unlearning.unlearn_steps
+
+    def spy(pipe, concept, config, memory, *rest):
+        used.append(memory and list(memory.prompts))
+        return steps(pipe, concept, config, memory, *rest)
+
+    monkeypatch.setattr(unlearning, "unlearn_steps", spy)
+    return used
+
+
+def test_the_memory_is_of_constant_size_and_never_shows_what_went(tiny_pipe, drawn, memories):
     forget(tiny_pipe, config=dataclasses.replace(TINY, memory_size=60))
-    targets, memories = asked[0::2], asked[1::2]
-    assert [len(m) for m in memories] == [60, 60, 60] and [len(t) for t in targets] == [8, 8, 8]
+    assert [len(m) for m in memories] == [60, 60, 60]
     for k, memory in enumerate(memories):
         assert not [text for text in memory for gone in THREE[: k + 1] if gone in text]
     assert any("gas pump" in text for text in memories[0])
+    targets = [prompts for prompts, _ in drawn["concept"]]
     # a quarter of the concept's pictures shows earlier ones, so that they do not come back
     assert [sum("apple" in t for t in target) for target in targets[:2]] == [8, 2]
     assert sum("gas pump" in t for t in targets[2]) >= 1 <= sum("apple" in t for t in targets[2])
     assert sum("neon" in t for t in targets[2]) >= 6
 
 
-def test_without_revisits_only_the_new_concept_is_asked_about(tiny_pipe, monkeypatch):
-    asked = []
+def test_what_stays_in_the_memory_is_drawn_once(tiny_pipe, drawn, memories):
+    forget(tiny_pipe, config=dataclasses.replace(TINY, memory_size=60))
+    counts = [len(prompts) for prompts, _ in drawn["memory"]]
+    left = [sum(gone in text for text in m) for m, gone in zip(memories, THREE[1:], strict=False)]
+    assert counts == [60, *left] and 0 < left[0] < 10
+    stay = [text for text in memories[0] if THREE[1] not in text]
+    assert memories[1][: len(stay)] == stay
 
-    def spy(pipe, prompts, seed):
-        asked.append(list(prompts))
-        return draw_pictures(pipe, prompts[:2], seed)
 
-    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+def test_a_memory_can_be_given(tiny_pipe, drawn, memories):
+    texts = ("a photo of an apple", "a photo of a gas pump", "a photo of a car", "a sketch of a harp")
+    given = Pictures(torch.ones(4, 4, 16, 16), torch.ones(4, 24, 128), texts)
+    forget(tiny_pipe, ("apple", "gas pump"), dataclasses.replace(TINY, memory_size=4), memory=given)
+    assert memories[0][:3] == list(texts[1:]) and memories[1][:2] == list(texts[2:])
+    assert [len(prompts) for prompts, _ in drawn["memory"]] == [1, 1]
+
+
+def test_without_revisits_only_the_new_concept_is_asked_about(tiny_pipe, drawn):
     forget(tiny_pipe, ("apple", "car"), dataclasses.replace(TINY, revisit=0.0))
-    assert all("car" in text for text in asked[2])
+    assert all("car" in text for text in drawn["concept"][1][0])
 
 
-def test_pictures_are_drawn_by_the_model_whose_answers_count(tiny_pipe, monkeypatch):
-    drawn = {}
-
-    def spy(pipe, prompts, seed):
-        drawn[choice].append(weights(pipe))
-        return draw_pictures(pipe, prompts[:2], seed)
-
-    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+def test_pictures_are_drawn_by_the_model_whose_answers_count(tiny_pipe, drawn):
     base = weights(tiny_pipe)
-    for choice in ("base", "previous"):
-        drawn[choice] = []
-        sequence = forget(tiny_pipe, ("apple", "car"), dataclasses.replace(TINY, reference=choice))
-        sequence.pipeline(at=0)
-    assert all(same(w, base) for w in drawn["base"])
-    assert same(drawn["previous"][0], base) and not same(drawn["previous"][2], base)
+    forget(tiny_pipe, ("apple", "car")).pipeline(at=0)
+    assert all(same(w, base) for kind in drawn.values() for _, w in kind)
+    for calls in drawn.values():
+        calls.clear()
+    forget(tiny_pipe, ("apple", "car"), dataclasses.replace(TINY, reference="previous"))
+    for first, second in drawn.values():  # each draws a memory of its own
+        assert same(first[1], base) and not same(second[1], base) and len(first[0]) == len(second[0])
 
 
 @pytest.mark.parametrize("train", ["cross_attention", "lora"])

@@ -560,6 +560,19 @@ def test_a_bf16_pipeline_is_restored_after_divergence(bf16_pipe, tiny_memory, fo
     assert not changed(bf16_pipe, before)
 
 
+def test_a_memory_must_hold_something_that_is_to_stay(tiny_pipe, tiny_memory, forget):
+    before = weights(tiny_pipe)
+    shows = dataclasses.replace(tiny_memory, prompts=("a photo of a car", "a neon sign of an apple"))
+    with pytest.raises(ValueError, match=r"the memory shows 'apple' \('a neon sign of an apple'\)"):
+        forget(memory=shows)
+    with pytest.raises(ValueError, match="the memory is empty: expected at least one picture"):
+        forget(memory=dataclasses.replace(tiny_memory, prompts=()))
+    steps = unlearn_steps(tiny_pipe, "apple", tiny(), tiny_memory, earlier=["harp"])
+    with pytest.raises(ValueError, match="the memory shows 'harp'"):
+        next(steps)
+    assert not changed(tiny_pipe, before)
+
+
 @pytest.mark.slow  # few processors multiply 16-bit floats quickly
 @pytest.mark.parametrize("train", ["cross_attention", "full", "lora"])
 def test_an_fp16_pipeline_learns_with_a_scaler(tiny_pipe, forget, train):
