@@ -80,6 +80,19 @@ class Judge:
         return (self.scores(images, [label])[label] > 0).to_numpy()
 
 
+def named_concepts(
+    judge: Judge, images: Sequence[Image.Image], card: ModelCard, styles: bool = False
+) -> list[str | None]:
+    """Which of the card's concepts (or styles) each picture shows, by the judge's likeliest label.
+
+    None where that label belongs to no concept, which only an open choice allows.
+    """
+    among = card.styles if styles else card.concepts
+    owner = {label: c for c in among for label in card.labels.get(c, ())}
+    best = judge.names(images, judge.labels if card.open_choice else list(owner))
+    return [owner.get(label) for label in best]
+
+
 def wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a share (95 % by default): honest at 0 and at 1, unlike +- 2 sigma."""
     if not 0 <= hits <= count or count < 1:
@@ -106,16 +119,18 @@ def evaluate(
     objects in turn and named among the styles.
 
     Picture i of every concept starts from the same noise in every call, so that two models are compared
-    on the same seeds.
+    on the same seeds. ``concepts`` defaults to all objects that the judge knows.
 
     Returns a DataFrame indexed by concept: ``accuracy`` (share of pictures named right, among the card's
-    concepts or styles), ``low`` and ``high`` (95 % Wilson interval), ``images``, ``mostly`` (what the judge
-    says most often). Raises UnknownConceptError for a concept that the model's card does not list.
+    concepts or styles, or among all that the judge knows if the card says so), ``low`` and ``high`` (95 %
+    Wilson interval), ``images``, ``mostly`` (what the judge says most often). Raises UnknownConceptError for
+    a concept that the model's card does not list, ValueError for one that its judge does not know.
     """
     card = model_card(pipe)
-    concepts = list(card.concepts if concepts is None else concepts)
+    concepts = [c for c in card.concepts if c in card.labels] if concepts is None else list(concepts)
     for concept in concepts:
-        card.check(concept)
+        if card.check(concept) not in card.labels:
+            raise ValueError(f"the judge {card.judge} has no label for {concept!r}: it cannot be counted")
     judge = judge or Judge.load(card.judge)
 
     def asked(concept: str) -> list[str]:
@@ -126,15 +141,15 @@ def evaluate(
     seeds = [seed + i for _ in concepts for i in range(images)]
     pictures = sample(pipe, prompts, seed=seeds, steps=steps, guidance_scale=guidance_scale)
     named = np.empty(len(pictures), dtype=object)
-    for among in (card.concepts, card.styles):
-        mine = [i for i in range(len(pictures)) if concepts[i // images] in among]
+    for styles in (False, True):
+        mine = [i for i in range(len(pictures)) if (concepts[i // images] in card.styles) == styles]
         if mine:
-            named[mine] = judge.names([pictures[i] for i in mine], among)
+            named[mine] = named_concepts(judge, [pictures[i] for i in mine], card, styles)
     rows = []
     for concept, row in zip(concepts, named.reshape(len(concepts), images), strict=True):
         hits = int((row == concept).sum())
         low, high = wilson_interval(hits, images)
-        mostly = pd.Series(row).mode()[0]
+        mostly = pd.Series(row).fillna("something else").mode()[0]
         rows.append({"accuracy": hits / images, "low": low, "high": high, "images": images, "mostly": mostly})
     return pd.DataFrame(rows, index=pd.Index(concepts, name="concept"))
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 
+import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from .doodles import captions
-from .doodles.draw import OBJECTS, STYLES
+from .doodles.draw import STYLES
 from .errors import ModelNotFoundError, UnknownConceptError
 
 DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
@@ -131,22 +132,45 @@ class ModelCard:
         concepts: names that can be forgotten and judged.
         styles: style names; the first is the plain one.
         related: for each concept, the concepts that resemble it.
+        plain: for each concept, its plain prompt.
+        labels: for each concept, what the judge may call it; nothing for what the judge does not know.
+        order: the concepts that a benchmark asks to go, in its order.
         guidance_scale, steps: the settings that evaluation samples with.
         sampling_steps: enough steps for memory pictures and previews.
         judge: the image classifier that names its pictures: "doodle" or a hub id.
+        open_choice: whether the judge may say anything that it knows, or only what the card lists.
     """
 
     name: str
     concepts: tuple[str, ...]
     styles: tuple[str, ...]
     related: dict[str, tuple[str, ...]]
+    plain: dict[str, str]
+    labels: dict[str, tuple[str, ...]]
+    order: tuple[str, ...]
     guidance_scale: float
     steps: int
     sampling_steps: int
     judge: str
+    open_choice: bool = False
+
+    @classmethod
+    def read(cls, name: str, file: str, styles: tuple[str, ...], **settings: object) -> ModelCard:
+        """A card whose concepts are the rows of ``file`` in ``data/``: see the data card."""
+        rows = pd.read_csv(data_dir() / file, dtype={"order": "Int64"}).set_index("concept")
+
+        def lists(column: str) -> dict[str, tuple[str, ...]]:
+            return {c: tuple(text.split("|")) for c, text in rows[column].dropna().items()}
+
+        order = tuple(rows.order.dropna().sort_values().index)
+        plain, related, labels = rows.prompt.to_dict(), lists("related"), lists("judge_label")
+        labels |= {style: (style,) for style in styles}
+        return cls(name, tuple(rows.index), styles, related, plain, labels, order, **settings)
 
     def prompt(self, concept: str, style: str | None = None) -> str:
-        """The plain prompt for ``concept``: "a photo of an apple"."""
+        """The plain prompt for ``concept``: "a photo of an apple"; or the one in another ``style``."""
+        if style in (None, self.styles[0]) and concept in self.plain:
+            return self.plain[concept]
         return captions.prompt(concept, style or self.styles[0])
 
     @property
@@ -166,26 +190,27 @@ class ModelCard:
             return [self.prompt(c) for c in self.concepts]
         return [captions.nameless(style) for style in self.styles]
 
+    def paraphrases(self, concept: str) -> dict[str, list[str]]:
+        """Other ways to ask, that unlearning never sees: by "phrasing", and by a "synonym" for an object.
+
+        Phrasings of the doodle world that its training held out, too; without such knowledge, the "plain"
+        prompt alone.
+        """
+        if self.name != "doodle":
+            return {"plain": [self.prompt(concept)]}
+        told = captions.HELD_OUT_TEMPLATES
+        if concept in self.styles:
+            subjects = map(captions.with_article, self.concepts)
+            return {"phrasing": [text.format(s) for s in subjects for text in told[concept]]}
+        phrased = [t.format(captions.with_article(concept)) for s in self.styles for t in told[s]]
+        synonym = captions.SYNONYMS[concept]
+        return {"phrasing": phrased, "synonym": [self.prompt(synonym, style) for style in self.styles]}
+
     def check(self, concept: str) -> str:
         """``concept`` itself; raises UnknownConceptError when it is neither a concept nor a style."""
         if concept not in self.forgettable:
             raise UnknownConceptError(concept, self.forgettable)
         return concept
-
-
-def _doodle_card() -> ModelCard:
-    from .doodles.draw import RELATED
-
-    return ModelCard(
-        "doodle", OBJECTS, STYLES, RELATED, guidance_scale=4.0, steps=20, sampling_steps=10, judge="doodle"
-    )
-
-
-_OBJECTS_OF_THE_PAPER = (
-    "apple", "broccoli", "backpack", "traffic light", "umbrella", "parachute", "orange", "goldfish",
-    "bow tie", "harp", "gas pump", "sunglasses", "computer mouse", "broom", "English springer",
-)  # fmt: skip
-_PROBES_OF_THE_PAPER = ("Eiffel Tower", "girl", "corgi", "fruit", "airplane", "car")
 
 
 def model_card(pipe: StableDiffusionPipeline) -> ModelCard:
@@ -194,19 +219,10 @@ def model_card(pipe: StableDiffusionPipeline) -> ModelCard:
     The doodle model is known by its text width (128) and its limit of 24 tokens.
     """
     if pipe.unet.config.cross_attention_dim == 128 and pipe.tokenizer.model_max_length == 24:
-        return _doodle_card()
-    concepts = (*_OBJECTS_OF_THE_PAPER, *_PROBES_OF_THE_PAPER)
-    related = {"apple": ("orange", "fruit"), "English springer": ("corgi",), "umbrella": ("parachute",)}
-    return ModelCard(
-        "stable-diffusion",
-        concepts,
-        ("photo",),
-        related,
-        guidance_scale=8.0,
-        steps=50,
-        sampling_steps=25,
-        judge="microsoft/resnet-50",
-    )
+        how = {"guidance_scale": 4.0, "steps": 20, "sampling_steps": 10, "judge": "doodle"}
+        return ModelCard.read("doodle", "doodle-20.csv", STYLES, **how)
+    how = {"guidance_scale": 8.0, "steps": 50, "sampling_steps": 25, "judge": "microsoft/resnet-50"}
+    return ModelCard.read("stable-diffusion", "dec-imagenet-20.csv", ("photo",), open_choice=True, **how)
 
 
 def sample(

@@ -1,5 +1,7 @@
 """Pictures on fixed seeds, read by a judge; and the judge itself."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,10 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import duge_lite as duge
+from duge_lite import evaluation
 from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, draw
 from duge_lite.doodles.train import LABELS
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
-from duge_lite.evaluation import Judge, kid, wilson_interval
+from duge_lite.evaluation import Judge, kid, named_concepts, wilson_interval
+from duge_lite.models import ModelCard
 
 COLUMNS = ["accuracy", "low", "high", "images", "mostly"]
 
@@ -86,6 +90,33 @@ def test_names_and_sees_follow_the_scores(tiny_judge):
     for label in LABELS:
         np.testing.assert_array_equal(tiny_judge.sees(images, label), scores[label] > 0)
     assert 0 < np.mean([tiny_judge.sees(images, label) for label in LABELS]) < 1
+
+
+def test_a_judge_with_an_open_choice_may_say_something_else(tiny_judge, monkeypatch):
+    card = ModelCard.read(
+        "sd", "dec-imagenet-20.csv", ("photo",), guidance_scale=8, steps=50, sampling_steps=25, judge="resnet"
+    )
+    said, asked = ["Granny Smith", "convertible", "teapot"], []
+
+    def names(self, images, among):
+        asked.append(list(among))
+        return said[: len(images)]
+
+    monkeypatch.setattr(duge.Judge, "names", names)
+    free = dataclasses.replace(card, open_choice=True)
+    assert named_concepts(tiny_judge, pictures(3), free) == ["apple", "car", None]
+    assert named_concepts(tiny_judge, pictures(2), card) == ["apple", "car"]
+    assert asked[0] == tiny_judge.labels and "Granny Smith" in asked[1] and "teapot" not in asked[1]
+
+
+def test_what_the_judge_has_no_label_for_cannot_be_counted(tiny_pipe, tiny_judge, monkeypatch):
+    card = duge.model_card(tiny_pipe)
+    poor = dataclasses.replace(card, labels={c: v for c, v in card.labels.items() if c != "harp"})
+    monkeypatch.setattr(evaluation, "model_card", lambda pipe: poor)
+    with pytest.raises(ValueError, match="the judge doodle has no label for 'harp': it cannot be counted"):
+        duge.evaluate(tiny_pipe, ["harp"], images=1, steps=1, judge=tiny_judge)
+    table = duge.evaluate(tiny_pipe, images=1, steps=1, judge=tiny_judge)
+    assert "harp" not in table.index and len(table) == 19
 
 
 def test_a_label_that_the_judge_was_not_taught_teaches(tiny_judge):

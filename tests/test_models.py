@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import duge_lite as duge
-from duge_lite.doodles import OBJECTS, RELATED, STYLES
+from duge_lite.doodles import OBJECTS, STYLES, captions
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
 from duge_lite.models import data_dir, default_device, default_dtype, model_card
 
@@ -143,7 +143,15 @@ def test_a_hub_id_without_network_teaches():
 def test_the_card_of_the_doodle_model(tiny_master):
     card = model_card(tiny_master)
     assert (card.name, card.concepts, card.styles) == ("doodle", OBJECTS, STYLES)
-    assert card.related is RELATED or card.related == RELATED
+    for name, others in card.related.items():
+        assert name in OBJECTS and set(others) < set(OBJECTS) - {name}
+        assert all(name in card.related[other] for other in others)
+    pairs = "apple/orange umbrella/parachute broccoli/tree car/airplane".split()
+    for a, b in [*(pair.split("/") for pair in pairs), ("bow tie", "sunglasses")]:
+        assert b in card.related[a]
+    assert sorted(card.order) == sorted(OBJECTS) and card.order[:2] == ("apple", "broccoli")
+    assert card.plain == {c: captions.prompt(c) for c in OBJECTS}
+    assert card.labels == {c: (c,) for c in OBJECTS + STYLES}
     assert card.prompt("apple") == "a photo of an apple"
     assert card.prompts("apple")[1:3] == ["a sketch of an apple", "a neon sign of an apple"]
     assert card.check("apple") == "apple"
@@ -167,6 +175,10 @@ def test_the_card_of_another_stable_diffusion(tiny_master):
     assert card.prompts("harp") == ["a photo of a harp"]
     for name, others in card.related.items():
         assert {name, *others} <= set(card.concepts)
+    assert card.order[0] == "apple" and card.order[-1] == "English springer" and len(card.order) == 15
+    assert card.prompt("Eiffel Tower") == "a photo of the Eiffel Tower"
+    known = {c for c in card.concepts if c in card.labels}
+    assert known == set(card.concepts) - {"Eiffel Tower", "girl", "fruit"}  # ImageNet has none of these
     with pytest.raises(UnknownConceptError):
         card.check("mushroom")
 

@@ -37,21 +37,6 @@ BACKGROUNDS: dict[str, Color] = {
 FIXED_GROUND: dict[str, str] = {"sketch": "white", "neon": "black"}
 """A pencil sketch lies on white paper and a neon sign glows on black, whatever is asked."""
 
-RELATED: dict[str, tuple[str, ...]] = {
-    "apple": ("orange",),
-    "orange": ("apple",),
-    "umbrella": ("parachute",),
-    "parachute": ("umbrella",),
-    "broccoli": ("tree",),
-    "tree": ("broccoli", "mushroom"),
-    "mushroom": ("tree",),
-    "car": ("airplane",),
-    "airplane": ("car",),
-    "bow tie": ("sunglasses",),
-    "sunglasses": ("bow tie",),
-}
-"""Pairs that look alike or share parts: where the erosion of forgetting shows first."""
-
 
 @dataclass(frozen=True)
 class Part:
