@@ -51,6 +51,11 @@ class UnlearnConfig:
         reference: whose answers count in a sequence of requests: "base", the model before the first one, or
             "previous", the model before this one. The same thing for a single request.
         anchor: the same choice for the weights that the regularization pulls to.
+        protect: share of the memory's text, by energy, whose keys and values must not change at all: changes
+            of to_k and to_v are projected away from it; 0 for off. See
+            :func:`duge_lite.losses.free_directions`.
+        merge: in a sequence, learn each request from the base model alone and add up the changes (task
+            arithmetic, Ilharco et al., arXiv 2212.04089), instead of going on from the last model.
         revisit: share of the concept's pictures that show concepts of earlier requests, so that they do not
             come back; 0 for never (ours).
         train: "cross_attention", "kv", "qk", "full", or "lora" (low-rank updates of the cross-attention by
@@ -80,6 +85,8 @@ class UnlearnConfig:
     regularizer: str = "l2"
     reference: str = "base"
     anchor: str = "base"
+    protect: float = 0.0
+    merge: bool = False
     revisit: float = 0.25
     train: str = "cross_attention"
     rank: int = 8
@@ -100,6 +107,10 @@ class UnlearnConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected 0 (off) or more")
         if not 0 <= self.revisit < 1:
             raise ValueError(f"revisit = {self.revisit}: expected a share from 0 (never) to below 1")
+        if not 0 <= self.protect <= 1:
+            raise ValueError(f"protect = {self.protect}: expected a share from 0 (off) to 1")
+        if self.train == "lora" and (self.protect or self.merge):
+            raise ValueError('train = "lora" goes with neither protect nor merge: its factors do not add up')
         if not isinstance(self.measure_every, int) or self.measure_every < 0:
             raise ValueError(f"measure_every = {self.measure_every!r}: expected 0 (never) or a whole number")
         choices = {

@@ -127,6 +127,22 @@ def regularization_loss(
     return total / count
 
 
+def free_directions(states: Tensor, share: float) -> Tensor:
+    """Projects onto what text states do not use: a matrix (D, D) for changes of a layer that reads them.
+
+    A change ``W -> W + C @ P`` of a linear layer leaves its answers to the protected directions as they
+    were. These are the principal ones of ``states`` (n, D), as many as hold ``share`` of their energy, 0 to
+    1 (gradient projection memory, Saha et al., arXiv 2103.09762; for the text that K and V read: ours).
+    """
+    energy, directions = torch.linalg.eigh(states.double().T @ states.double())  # ascending
+    energy, directions = energy.flip(0).clamp(min=0), directions.flip(1)
+    before = (energy.cumsum(0) - energy) / energy.sum()  # what the larger ones hold already
+    kept = directions[:, before < share - 1e-12]  # (D, k)
+    return (torch.eye(len(energy), dtype=torch.float64, device=states.device) - kept @ kept.T).to(
+        states.dtype
+    )
+
+
 IMPORTANCE_KINDS = ("fisher", "mas")
 
 

@@ -188,7 +188,20 @@ def sequence_steps(
                         once = replace(config, seed=config.seed + j)
                         memory = fill_memory(pipe, concepts[: j + 1], once, memory)
                 filled = k
-            run = unlearn(pipe, concept, mine, memory, on_step, progress, objective, base, earlier)
+            last = sequence.weights(at=k - 1)
+            if config.merge:
+                sequence.pipeline(at=0)
+            try:
+                run = unlearn(pipe, concept, mine, memory, on_step, progress, objective, base, earlier)
+            except BaseException:
+                if config.merge:
+                    sequence.pipeline(at=k - 1)
+                raise
+            if config.merge:
+                parameters = plain_parameters(pipe.unet)
+                changed = {n: last[n] + parameters[n].detach().cpu() - base[n] for n in base}
+                overwrite(parameters, changed)
+                run = replace(run, before=last)
             if len(run.history) < config.iterations:
                 run.restore()
                 raise KeyboardInterrupt(f"stopped in request {k} ({concept}), which is taken back")

@@ -43,7 +43,7 @@ from .lessons import (
     passed,
     watching,
 )
-from .losses import estimate_importance, prior_preservation_loss, regularization_loss
+from .losses import estimate_importance, free_directions, prior_preservation_loss, regularization_loss
 from .models import ModelCard, model_card
 from .plot import Plot
 
@@ -277,6 +277,12 @@ def unlearn_steps(
         pulls = start if base is None or config.anchor == "previous" else base
         anchor = {n: v.to(device, torch.float16) for n, v in pulls.items()}  # all that is kept on the device
 
+        readers = [n for n in trained if n.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
+        hold = {n: start[n].to(device) for n in readers if config.protect}
+        if hold:
+            states = memory.encoder_hidden_states.flatten(0, 1).to(device)  # (m*T, D)
+            free = free_directions(states, config.protect)
+
         def put_back() -> None:
             for name, p in trained.items():
                 p.data = start[name].to(device)
@@ -314,6 +320,8 @@ def unlearn_steps(
                     _stop_if_not_finite(losses, norm, step, config, put_back)
                 scaler.step(optimizer)
                 scaler.update()
+                for name, held in hold.items():
+                    trained[name].data = held + (trained[name].data - held) @ free
                 values = [float(v.detach()) for v in (loss, *losses.values())]
                 with swapped(trained, {name: p.data.to(stored) for name, p in trained.items()}):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn

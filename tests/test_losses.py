@@ -14,6 +14,7 @@ from duge_lite.losses import (
     attention_target,
     cross_attention_loss,
     estimate_importance,
+    free_directions,
     prior_preservation_loss,
     regularization_loss,
 )
@@ -354,3 +355,27 @@ def test_importance_teaches():
         estimate_importance({"w": w}, [w.sum()], "hessian")
     with pytest.raises(ValueError, match="at least one"):
         estimate_importance({"w": w}, [])
+
+
+# Directions that stay free
+
+
+def test_free_directions_by_hand():
+    states = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # energies 9, 1, 0
+    assert torch.allclose(free_directions(states, 0.9), torch.diag(torch.tensor([0.0, 1.0, 1.0])))
+    assert torch.allclose(free_directions(states, 0.95), torch.diag(torch.tensor([0.0, 0.0, 1.0])))
+    assert torch.allclose(free_directions(states, 1.0), torch.diag(torch.tensor([0.0, 0.0, 1.0])))
+    assert torch.allclose(free_directions(states, 0.0), torch.eye(3))
+
+
+@given(st.integers(0, 2**31), st.floats(0.0, 1.0))
+def test_protected_text_gets_the_same_answers(seed, share):
+    g = torch.Generator().manual_seed(seed)
+    states = torch.randn(4, 6, generator=g, dtype=torch.float64)
+    free = free_directions(states, share)
+    assert torch.allclose(free @ free, free, atol=1e-9) and torch.allclose(free, free.T, atol=1e-12)
+    change = torch.randn(5, 6, generator=g, dtype=torch.float64) @ free
+    everything = free_directions(states, 1.0)
+    assert torch.allclose(change @ everything @ states.T, torch.zeros(5, 4, dtype=torch.float64), atol=1e-6)
+    left = (states @ free).square().sum() / states.square().sum()
+    assert left <= 1 - share + 1e-6

@@ -39,6 +39,11 @@ def forget(pipe, concepts=THREE, config=TINY, **options):
     return unlearn_sequence(pipe, concepts, config, progress=False, **options)
 
 
+def with_base(pipe, base: dict[str, torch.Tensor]):
+    unlearning.overwrite(plain_parameters(pipe.unet), base)
+    return pipe
+
+
 def test_each_request_starts_from_the_last_model(tiny_pipe):
     base, after = weights(tiny_pipe), []
     for so_far in sequence_steps(tiny_pipe, THREE, TINY, progress=False):
@@ -112,6 +117,37 @@ def test_what_stays_in_the_memory_is_drawn_once(tiny_pipe, drawn, memories):
     assert counts == [60, *left] and 0 < left[0] < 10
     stay = [text for text in memories[0] if THREE[1] not in text]
     assert memories[1][: len(stay)] == stay
+
+
+MERGE = dataclasses.replace(TINY, merge=True, revisit=0.0)
+
+
+def test_changes_learned_alone_add_up(tiny_pipe, drawn, tmp_path):
+    sequence = forget(tiny_pipe, ("apple", "car"), MERGE, directory=tmp_path)
+    both, first, base = sequence.weights(2), sequence.weights(1), sequence.base
+    sequence.pipeline(at=0)
+    later = dataclasses.replace(TINY, seed=1)
+    memory = lessons.fill_memory(tiny_pipe, ["apple"], TINY)
+    memory = lessons.fill_memory(tiny_pipe, ["apple", "car"], later, memory)
+    unlearning.unlearn(tiny_pipe, "car", later, memory, progress=False)
+    for name, value in base.items():
+        change = weights(tiny_pipe)[name] - value
+        torch.testing.assert_close(both[name], first[name] + change, atol=1e-6, rtol=1e-6)
+    again = forget(with_base(tiny_pipe, base), ("apple", "car"), MERGE, directory=tmp_path)
+    assert same(again.weights(1), first) and same(again.weights(2), both)
+
+
+def test_a_request_that_fails_alone_leaves_the_sum_of_those_before(tiny_pipe, drawn):
+    steps = sequence_steps(
+        tiny_pipe, ("apple", "car"), MERGE, on_step=lambda s: seen.append(s), progress=False
+    )
+    seen = []
+    sequence = next(steps)
+    first = sequence.weights(1)
+    seen = None  # what is called next has nothing to append to
+    with pytest.raises(AttributeError):
+        next(steps)
+    assert all(torch.equal(plain_parameters(tiny_pipe.unet)[n], v) for n, v in first.items())
 
 
 def test_a_memory_can_be_given(tiny_pipe, drawn, memories):

@@ -66,6 +66,7 @@ def forget(tiny_pipe, tiny_memory):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("protect", 1.5, "protect = 1.5: expected a share from 0"),
         ("lessons", 0, "lessons = 0: expected a whole number, at least 1"),
         ("rank", 0, "rank = 0: expected a whole number, at least 1"),
         ("reference", "mine", "reference = 'mine': choose one of base, previous"),
@@ -558,6 +559,22 @@ def test_a_bf16_pipeline_is_restored_after_divergence(bf16_pipe, tiny_memory, fo
     with pytest.raises(DivergedError):
         forget(pipe=bf16_pipe, memory=poisoned(tiny_memory))
     assert not changed(bf16_pipe, before)
+
+
+def test_what_the_memorys_words_say_can_be_protected(tiny_pipe, tiny_memory, forget):
+    words = tiny_memory.encoder_hidden_states.flatten(0, 1)  # (m*T, D)
+    before = weights(tiny_pipe)
+    run = forget(iterations=3, train="kv", protect=1.0, lambda_prior=0.0, lambda_regularization=0.0)
+    moved = changed(tiny_pipe, before)
+    assert moved and all(name.endswith(("to_k.weight", "to_v.weight")) for name in moved)
+    other = encode_prompts(tiny_pipe, ["a mosaic of an apple"])[0]
+    for name in moved:
+        change = weights(tiny_pipe)[name] - before[name]
+        assert (words @ change.T).abs().max() < 1e-4
+        assert (other @ change.T).abs().max() > 1e-3  # other words may change
+    run.restore()
+    with pytest.raises(ValueError, match="goes with neither protect nor merge"):
+        tiny(train="lora", protect=0.5)
 
 
 def test_a_memory_must_hold_something_that_is_to_stay(tiny_pipe, tiny_memory, forget):
