@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from transformers import AutoImageProcessor, ResNetForImageClassification
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ResNetForImageClassification
 
 from .errors import ModelNotFoundError, UnknownConceptError
 from .models import ModelCard, data_dir, model_card, sample
@@ -227,6 +227,31 @@ def kid(before: Sequence[Image.Image], after: Sequence[Image.Image], judge: Judg
         for pictures, real in ((before, True), (after, False)):
             metric.update(judge.pixels(pictures), real=real)
         return float(metric.compute()[0])
+
+
+@torch.no_grad()
+def clip_score(
+    images: Sequence[Image.Image], prompts: Sequence[str], clip: str | Path = "doodle"
+) -> np.ndarray:
+    """How well each picture fits its prompt: 100 times the cosine of CLIP's two answers, 0 at least, (N,).
+
+    Hessel et al., arXiv 2104.08718, as torchmetrics scales it (its own CLIPScore does not run with
+    transformers 5). ``clip`` is "doodle", a folder or a hub id such as "openai/clip-vit-large-patch14".
+    Raises ModelNotFoundError when it is missing.
+    """
+    source = data_dir() / "doodle-clip" if str(clip) == "doodle" else clip
+    try:
+        model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
+        read, look = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
+    except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
+        raise ModelNotFoundError(f"no CLIP at {source}: expected a CLIPModel, as safetensors") from error
+    scores = []
+    for i in range(0, len(images), 64):
+        text = read(list(prompts[i : i + 64]), padding=True, truncation=True, return_tensors="pt")
+        pixels = look(list(images[i : i + 64]), return_tensors="pt").pixel_values
+        out = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pixels)
+        scores.append(100 * (out.image_embeds * out.text_embeds).sum(dim=1).clamp(min=0))
+    return torch.cat(scores).numpy()
 
 
 class _Features(torch.nn.Module):

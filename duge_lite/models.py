@@ -138,6 +138,7 @@ class ModelCard:
         guidance_scale, steps: the settings that evaluation samples with.
         sampling_steps: enough steps for memory pictures and previews.
         judge: the image classifier that names its pictures: "doodle" or a hub id.
+        clip: the CLIP that scores how well a picture fits its prompt: "doodle" or a hub id.
         open_choice: whether the judge may say anything that it knows, or only what the card lists.
     """
 
@@ -152,6 +153,7 @@ class ModelCard:
     steps: int
     sampling_steps: int
     judge: str
+    clip: str
     open_choice: bool = False
 
     @classmethod
@@ -219,10 +221,11 @@ def model_card(pipe: StableDiffusionPipeline) -> ModelCard:
     The doodle model is known by its text width (128) and its limit of 24 tokens.
     """
     if pipe.unet.config.cross_attention_dim == 128 and pipe.tokenizer.model_max_length == 24:
-        how = {"guidance_scale": 4.0, "steps": 20, "sampling_steps": 10, "judge": "doodle"}
-        return ModelCard.read("doodle", "doodle-20.csv", STYLES, **how)
-    how = {"guidance_scale": 8.0, "steps": 50, "sampling_steps": 25, "judge": "microsoft/resnet-50"}
-    return ModelCard.read("stable-diffusion", "dec-imagenet-20.csv", ("photo",), open_choice=True, **how)
+        how = {"guidance_scale": 4.0, "steps": 20, "sampling_steps": 10}
+        return ModelCard.read("doodle", "doodle-20.csv", STYLES, judge="doodle", clip="doodle", **how)
+    how = {"guidance_scale": 8.0, "steps": 50, "sampling_steps": 25, "open_choice": True}
+    how |= {"judge": "microsoft/resnet-50", "clip": "openai/clip-vit-large-patch14"}
+    return ModelCard.read("stable-diffusion", "dec-imagenet-20.csv", ("photo",), **how)
 
 
 def sample(

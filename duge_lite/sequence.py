@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import UnlearnConfig
-from .evaluation import evaluate, sequence_metrics
+from .evaluation import Judge, clip_score, evaluate, kid, sequence_metrics
 from .lessons import DUGE, Objective, Pictures, fill_memory
-from .models import model_card
+from .models import model_card, sample
 from .unlearning import (
     UnlearningRun,
     UnlearnState,
@@ -103,6 +103,29 @@ class UnlearningSequence:
     def metrics(self, matrix: pd.DataFrame) -> pd.DataFrame:
         """UA, IRA, CRA and more after each request; see :func:`duge_lite.evaluation.sequence_metrics`."""
         return sequence_metrics(matrix, self.concepts, model_card(self.pipe))
+
+    def quality(
+        self, images: int = 5, steps: int | None = None, judge: Judge | None = None, seed: int = 0
+    ) -> pd.DataFrame:
+        """What accuracy does not see, on pictures of all objects that were never asked to go.
+
+        ``KID``: distance from base pictures of *other* seeds, so that row 0, the base model itself, says how
+        far apart two draws of one model are; ``CLIP``: the mean :func:`~duge_lite.evaluation.clip_score`.
+        One row per model; afterwards the pipeline is the last one again.
+        """
+        card = model_card(self.pipe)
+        judge = judge or Judge.load(card.judge)
+        prompts = [card.prompt(c) for c in card.concepts if c not in self.concepts for _ in range(images)]
+        try:
+            others = sample(self.pipeline(at=0), prompts, seed=seed + len(prompts), steps=steps)
+            rows = []
+            for k in range(len(self.runs) + 1):
+                drawn = sample(self.pipeline(at=k), prompts, seed=seed, steps=steps)
+                score = float(clip_score(drawn, prompts, card.clip).mean())
+                rows.append({"KID": kid(others, drawn, judge), "CLIP": score})
+        finally:
+            self.pipeline(at=len(self.runs))
+        return pd.DataFrame(rows, index=pd.RangeIndex(len(rows), name="after"))
 
     def drift(self) -> pd.DataFrame:
         """How far the trained weights went, as a share of their own size: from the base, and in this request.

@@ -12,10 +12,10 @@ from PIL import Image
 
 import duge_lite as duge
 from duge_lite import evaluation
-from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, draw
+from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, captions, draw
 from duge_lite.doodles.train import LABELS
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
-from duge_lite.evaluation import Judge, kid, named_concepts, wilson_interval
+from duge_lite.evaluation import Judge, clip_score, kid, named_concepts, wilson_interval
 from duge_lite.models import ModelCard
 
 COLUMNS = ["accuracy", "low", "high", "images", "mostly"]
@@ -93,9 +93,8 @@ def test_names_and_sees_follow_the_scores(tiny_judge):
 
 
 def test_a_judge_with_an_open_choice_may_say_something_else(tiny_judge, monkeypatch):
-    card = ModelCard.read(
-        "sd", "dec-imagenet-20.csv", ("photo",), guidance_scale=8, steps=50, sampling_steps=25, judge="resnet"
-    )
+    how = {"guidance_scale": 8, "steps": 50, "sampling_steps": 25, "judge": "resnet", "clip": "none"}
+    card = ModelCard.read("sd", "dec-imagenet-20.csv", ("photo",), **how)
     said, asked = ["Granny Smith", "convertible", "teapot"], []
 
     def names(self, images, among):
@@ -370,3 +369,16 @@ def test_kid_is_repeatable_and_leaves_the_global_state_alone(tiny_judge):
 def test_kid_wants_more_than_one_picture(tiny_judge):
     with pytest.raises(ValueError, match="1 and 8 pictures: expected at least two"):
         kid(drawings("apple", 0, 1), drawings("apple", 0, 8), tiny_judge)
+
+
+# CLIP score
+
+
+def test_clip_prefers_the_right_caption():
+    drawn = [draw(o, "photo", seed=i) for i, o in enumerate(OBJECTS)]
+    right = clip_score(drawn, [captions.prompt(o) for o in OBJECTS])
+    wrong = clip_score(drawn, [captions.prompt(o) for o in (*OBJECTS[1:], OBJECTS[0])])
+    assert right.shape == (20,) and (right > wrong).mean() > 0.9 and (wrong >= 0).all() and right.max() <= 100
+    np.testing.assert_allclose(clip_score(drawn[3:4], [captions.prompt(OBJECTS[3])]), right[3:4], rtol=1e-4)
+    with pytest.raises(ModelNotFoundError, match="no CLIP at"):
+        clip_score(drawn, ["a"] * 20, "/nowhere")

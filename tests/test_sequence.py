@@ -313,3 +313,20 @@ def test_drift_tells_how_far_the_weights_went(tiny_pipe):
     assert drift.loc[(2, "to_v"), "from base"] == pytest.approx(
         float((now - base).norm() / base.norm()), rel=1e-5
     )
+
+
+def test_quality_looks_at_what_is_to_stay(tiny_pipe, tiny_judge, monkeypatch):
+    sequence = forget(tiny_pipe, ("apple", "neon"))
+    asked, draw = [], duge.sequence.sample
+
+    def spy(pipe, prompts, **how):
+        asked.append((prompts, how["seed"], weights(pipe)))
+        return draw(pipe, prompts, **how)
+
+    monkeypatch.setattr(duge.sequence, "sample", spy)
+    table = sequence.quality(images=1, steps=1, judge=tiny_judge)
+    assert list(table.columns) == ["KID", "CLIP"] and len(table) == 3 and table.CLIP.between(0, 100).all()
+    assert [seed for _, seed, _ in asked] == [19, 0, 0, 0]
+    assert all(len(p) == 19 and not any("apple" in text for text in p) for p, _, _ in asked)
+    assert same(asked[0][2], asked[1][2]) and not same(asked[1][2], asked[3][2])
+    assert same(weights(tiny_pipe), asked[3][2])
