@@ -6,8 +6,8 @@
 
 Each cell (setting, target, seed) forgets, draws the same seeds as the base model, and lets the judge read:
 unlearning accuracy (UA) on photos and on the other styles, retention of the related concepts, of all other
-objects and of styles (relative to the base model), KID of retained pictures against the base model's,
-processor seconds, and how many pictures went through the UNet. One line of json per cell. The oracle, a
+objects and of styles (relative to the base model), KID of retained pictures from base pictures of other seeds
+(the row "base" says how far apart two draws of one model are), processor seconds, and how many pictures went through the UNet. One line of json per cell. The oracle, a
 denoiser that was trained without the concept, is measured in the same way where there is one in ``data/``.
 
 Forgetting runs as it does by default; the pictures that are judged, the base model's too, are drawn under
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from PIL import Image
 
 import duge_lite as duge
 from duge_lite import baselines
@@ -36,11 +37,12 @@ RESULTS = Path(__file__).parent / "results"
 TARGETS = ("apple", "umbrella", "car", "sunglasses", "broccoli")
 SEEDS = (0, 1, 2)
 BASE = UnlearnConfig()
+NOTHING = "base"  # nothing done
 ORACLE = "oracle"  # retrained without the concept
 
 
 def settings() -> dict[str, tuple[UnlearnConfig, Objective | None]]:
-    """Name -> (config, objective); None stands for what has no loop: UCE and the oracle."""
+    """Name -> (config, objective); None stands for what has no loop."""
     c = BASE
     probs = replace(c, match="probs", target="clamped", scale=1.0, lambda_attention=5.0, lambda_prior=3.0)
     plain = replace(c, lambda_prior=1.0)
@@ -81,6 +83,7 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective | None]]:
         "gradient ascent": (replace(plain, lr=1e-4), baselines.gradient_ascent()),
         "UCE": (c, None),
         ORACLE: (c, None),
+        NOTHING: (c, None),
     }
 
 
@@ -95,6 +98,9 @@ class Bench:
         self.pipe, self.judge, self.images = duge.load_pipeline(), duge.Judge.load(), images
         self.card = duge.model_card(self.pipe)
         self.base = self.look(self.card.concepts)
+        self.others = [
+            (c, self.draw([self.card.prompt(c)] * (images // 4), 20_000)) for c in self.card.concepts
+        ]
         self.memories: dict[tuple[str, int], Pictures] = {}
 
     def memory(self, concept: str, config: UnlearnConfig) -> Pictures:
@@ -106,6 +112,10 @@ class Bench:
             self.memories[key] = drawn
         m, n = self.memories[key], config.memory_size
         return Pictures(m.latents[:n], m.encoder_hidden_states[:n], m.prompts[:n])
+
+    def draw(self, prompts: Sequence[str], seeds: int | Sequence[int]) -> list[Image.Image]:
+        with torch.autocast(self.pipe.device.type, torch.bfloat16):
+            return duge.sample(self.pipe, prompts, seeds, self.card.sampling_steps)
 
     def look(self, targets: Sequence[str]) -> pd.DataFrame:
         """Photos of every object, ``images`` of the targets and a quarter of the others; each in each style.
@@ -120,9 +130,7 @@ class Bench:
         ]
         rows += [(c, s, 50_000 + i) for s in card.styles[1:] for i, c in enumerate(card.concepts)]
         frame = pd.DataFrame(rows, columns=["object", "style", "seed"])
-        prompts = [card.prompt(c, s) for c, s, _ in rows]
-        with torch.autocast(self.pipe.device.type, torch.bfloat16):
-            frame["picture"] = duge.sample(self.pipe, prompts, frame.seed, card.sampling_steps)
+        frame["picture"] = self.draw([card.prompt(c, s) for c, s, _ in rows], frame.seed)
         frame["saw object"] = self.judge.names(frame.picture, card.concepts)
         frame["saw style"] = self.judge.names(frame.picture, card.styles)
         return frame.set_index(["object", "style", "seed"], drop=False)
@@ -140,13 +148,14 @@ class Bench:
         def share(rows: pd.Series, what: str = "object") -> float | None:
             return right(now, rows, what) / right(base, rows, what) if rows.any() else None
 
+        others = [picture for c, drawn in self.others if c != concept for picture in drawn]
         return {
             "UA": 1 - right(now, mine & photos, "object"),
             "UA styled": 1 - right(now, mine & ~photos, "object"),
             "related": share(related & photos),
             "others": share(~mine & photos),
             "styles": share(~mine & ~photos, "style"),
-            "KID": kid(*(list(look[photos & ~mine].picture) for look in (base, now)), self.judge),
+            "KID": kid(others, list(now[photos & ~mine].picture), self.judge),
         }
 
     def forget(self, name: str, concept: str, seed: int) -> UnlearningRun:
@@ -160,6 +169,8 @@ class Bench:
     def run(self, name: str, concept: str, seed: int) -> dict:
         cell = {"setting": name, "target": concept, "seed": seed, "images": self.images, "model": model()}
         cell["threads"] = torch.get_num_threads()
+        if name == NOTHING:
+            return cell | self.measure(concept)
         if name == ORACLE:
             known = self.pipe.unet
             self.pipe.unet = duge.load_oracle(self.pipe, concept).unet
@@ -227,7 +238,8 @@ def main() -> None:
         for seed in args.seeds:  # a full round of settings and targets before the next seed
             for name in chosen:
                 for target in args.targets:
-                    needless = name == ORACLE and (seed != SEEDS[0] or not oracle_folder(target).exists())
+                    needless = name in (NOTHING, ORACLE, "UCE") and seed != SEEDS[0]
+                    needless |= name == ORACLE and not oracle_folder(target).exists()
                     if needless or (name, target, seed) in finished:
                         continue
                     started = time.perf_counter()

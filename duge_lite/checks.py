@@ -184,3 +184,57 @@ def _gradient(function: Callable) -> Callable:
         return [gradient.tolist() for gradient in torch.autograd.grad(function(first, *rest), tensors)]
 
     return slopes
+
+
+def gone_and_kept(function: Callable) -> Verdict:
+    """Notebook 04: ``gone_and_kept(matrix, requests, k)``, UA and IRA after request ``k``, objects only."""
+    names = ["apple", "car", "orange", "house", "star"]
+    rows = [[1, 1, 1, 1, 1], [0, 1, 0.5, 1, 1], [0.75, 0, 0.5, 0.25, 0.75]]
+    matrix = pd.DataFrame(rows, columns=names, dtype=float).rename_axis("after")
+    requests = ["apple", "car"]
+    cases = [
+        Case(
+            (matrix, requests, 1),
+            (1.0, 0.875),
+            "After request 1 only the first request was made: UA is 1 - 0, and the car still counts among "
+            "the four that are to stay. Look at row k, and at the first k requests.",
+        ),
+        Case(
+            (matrix, requests, 2),
+            (0.625, 0.5),
+            "After request 2, UA is the mean over both requests, the old one too: 1 - (0.75 + 0) / 2. "
+            "IRA is the mean over the other three.",
+        ),
+        Case(
+            (matrix[["house", "star", "car", "orange", "apple"]], requests, 2),
+            (0.625, 0.5),
+            "Look concepts up by their name: the matrix may have its columns in any order.",
+        ),
+    ]
+    return examine(function, cases, "what came back counts against UA, and nothing that went counts for IRA.")
+
+
+def recovery_time(function: Callable) -> Verdict:
+    """Notebook 06: ``recovery_time(curve, level)``, the first step at which a share reaches a level."""
+    steps = [0, 5, 10, 20]
+    rising = pd.Series([0.0, 0.2, 0.6, 1.0], index=steps)
+    cases = [
+        Case(
+            (rising, 0.5),
+            10,
+            "Return the step, which stands in the index, not its position and not the share.",
+        ),
+        Case((rising, 0.6), 10, "A share that equals the level has reached it."),
+        Case((rising, 0.0), 0, "Before the first step counts too, as step 0."),
+        Case(
+            (pd.Series([0.1, 0.7, 0.3, 0.9], index=steps), 0.5),
+            5,
+            "Shares go up and down: take the first step that reaches the level, even if it sinks once more.",
+        ),
+        Case(
+            (rising / 2, 0.9),
+            np.inf,
+            "When no step reaches the level, return math.inf: later than all steps.",
+        ),
+    ]
+    return examine(function, cases, "the longer it takes, the less was left to find.")

@@ -17,9 +17,13 @@ from .explorer import attention_explorer
 from .models import model_card, sample
 from .plot import Plot
 from .studio import UnlearningStudio, neighbours, preview_prompts, unlearning_studio
+from .timeline import erosion_timeline
 from .unlearning import UnlearnConfig, UnlearningRun, UnlearnState, unlearn
 
-__all__ = ["LiveLosses", "UnlearningStudio", "attention_explorer", "before_and_after", "unlearning_studio"]
+__all__ = [
+    "LiveLosses", "UnlearningStudio", "attention_explorer", "before_and_after", "erosion_timeline",
+    "unlearning_studio",
+]  # fmt: skip
 
 
 class LiveLosses:
