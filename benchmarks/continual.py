@@ -1,13 +1,20 @@
 """One concept after another: ten objects and two styles, many ways, two orders, two seeds.
 
     python benchmarks/continual.py                 # everything; goes on where it stopped
-    python benchmarks/continual.py --only DUGE     # settings whose name contains a text
+    python benchmarks/continual.py --only DUGE UCE # these settings; a text that is no name: all with it
     python benchmarks/continual.py --requests 6    # shorter sequences
     python benchmarks/continual.py --table         # only the table and the figures, from what is there
 
 Each cell (setting, order, seed) forgets the whole sequence; then the judge reads every model along the way
-on the same seeds, and the accuracy matrix becomes UA, IRA, CRA and their harmonic mean. One line of json per
-cell. Half-done sequences are kept in ``results/continual.work`` until their line is written.
+on the same seeds, and the accuracy matrix becomes UA, IRA, CRA and their harmonic mean; KID and CLIP score
+say what accuracy does not see. One line of json per cell. Half-done sequences are kept in
+``results/continual.work`` until their line is written. "all at once" has the budget of the whole sequence
+for one request; the oracle is a denoiser trained without all twelve, where there is one in ``data/``::
+
+    python -m duge_lite.doodles.train --name final --compile --without apple umbrella car sunglasses \\
+        broccoli "traffic light" goldfish harp house broom neon mosaic
+
+The pictures that are judged are drawn under bfloat16 autocast, which is quicker on processors that have it.
 """
 
 import argparse
@@ -18,13 +25,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 import duge_lite as duge
 from duge_lite import baselines
+from duge_lite.evaluation import sequence_metrics
 from duge_lite.lessons import DUGE, Objective
 from duge_lite.plot import Plot
 from duge_lite.sequence import UnlearningSequence, unlearn_sequence
-from duge_lite.unlearning import UnlearnConfig
+from duge_lite.unlearning import UnlearnConfig, unlearn
 
 RESULTS = Path(__file__).parent / "results"
 ORDERS = (
@@ -55,11 +64,11 @@ ORDERS = (
 )
 STYLES = ("neon", "mosaic")
 SEEDS = (0, 1)
-UCE = "UCE"
+UCE, AT_ONCE, ORACLE = "UCE", "all at once", "oracle"
 
 
 def settings() -> dict[str, tuple[UnlearnConfig, Objective]]:
-    """Name -> (config, objective); UCE has no loop, and ignores both."""
+    """Name -> (config, objective); UCE and the oracle have no loop, and ignore both."""
     c = UnlearnConfig()
     plain = replace(c, lambda_prior=1.0, revisit=0.0)
     return {
@@ -70,17 +79,31 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective]]:
         "DUGE, without revisits": (replace(c, revisit=0.0), DUGE),
         "DUGE, previous": (replace(c, reference="previous", anchor="previous"), DUGE),
         "DUGE, fisher": (replace(c, regularizer="fisher"), DUGE),
+        "DUGE, protected words": (replace(c, protect=0.99), DUGE),
+        "DUGE, merged": (replace(c, merge=True), DUGE),
+        AT_ONCE: (c, DUGE),
         "ESD-x": (plain, baselines.esd()),
         "concept ablation": (plain, baselines.concept_ablation("star")),
         "gradient ascent": (replace(plain, lr=1e-4), baselines.gradient_ascent()),
         UCE: (c, DUGE),
+        ORACLE: (c, DUGE),
     }
 
 
 def forget(pipe, name: str, requests: tuple[str, ...], seed: int, folder: Path) -> UnlearningSequence:
+    """The sequence of models; a single one for what knows no order."""
     config, objective = settings()[name]
+    config = replace(config, seed=seed)
+    if name == AT_ONCE:
+        n = len(requests)
+        whole = {"iterations": n * config.iterations, "target_size": n * config.target_size}
+        config = replace(config, revisit=(n - 1) / n, lessons=n * config.lessons, **whole)
+        *earlier, last = requests
+        run = unlearn(pipe, last, config, objective=objective, earlier=earlier, progress=False)
+        sequence = UnlearningSequence(pipe, config, run.before)
+        sequence.append(run)
+        return sequence
     if name != UCE:
-        config = replace(config, seed=seed)
         return unlearn_sequence(pipe, requests, config, folder, objective, progress=False)
     card, sequence = duge.model_card(pipe), None
     for k, concept in enumerate(requests):
@@ -89,6 +112,40 @@ def forget(pipe, name: str, requests: tuple[str, ...], seed: int, folder: Path) 
         sequence = sequence or UnlearningSequence(pipe, config, run.before)
         sequence.append(run)
     return sequence
+
+
+def accuracies(pipe, judge: duge.Judge, images: int) -> pd.Series:
+    with torch.autocast(pipe.device.type, torch.bfloat16):
+        return duge.evaluate(pipe, duge.model_card(pipe).forgettable, images, judge=judge, steps=10).accuracy
+
+
+def measure(
+    name: str, requests: tuple[str, ...], seed: int, folder: Path, judge: duge.Judge, images: int
+) -> dict:
+    pipe = duge.load_pipeline()
+    card = duge.model_card(pipe)
+    if name == ORACLE:
+        rows = [accuracies(p, judge, images) for p in (pipe, duge.load_oracle(pipe, "final"))]
+        costs, quality = {}, pd.DataFrame(columns=["KID", "CLIP"], index=range(2))
+    else:
+        started = time.process_time()
+        sequence = forget(pipe, name, requests, seed, folder)
+        costs = {"cpu": time.process_time() - started, "seconds": sequence.costs().seconds.round(1).tolist()}
+        rows = [accuracies(sequence.pipeline(at=k), judge, images) for k in range(len(sequence.runs) + 1)]
+        stay = [c for c in card.concepts if c not in requests]
+        with torch.autocast(pipe.device.type, torch.bfloat16):
+            quality = sequence.quality(stay, images, steps=10, judge=judge)
+    matrix = pd.DataFrame(rows[:1] * (len(requests) + 1 - len(rows)) + rows)  # one model for all: the last
+    metrics = sequence_metrics(matrix, requests, card).tail(len(rows) - 1)
+    for column in quality:
+        metrics[column] = quality[column].tolist()[1:]
+    about = {"KID of the base": quality.KID[0], "CLIP of the base": quality.CLIP[0]} | costs
+    table = {c: column.tolist() for c, column in matrix.items()}
+    return about | {"matrix": table, "metrics": json.loads(metrics.reset_index().to_json(orient="records"))}
+
+
+def oracle() -> bool:
+    return (duge.data_dir() / "doodle-oracle-final").is_dir()
 
 
 def read(path: Path) -> list[dict]:
@@ -101,7 +158,7 @@ def summarise(path: Path) -> None:
     if not rows:
         return
     frame = pd.DataFrame(rows)
-    measures = ["UA", "IRA", "CRA", "HM", "revival", "forgetting"]
+    measures = ["UA", "IRA", "CRA", "HM", "revival", "forgetting", "KID", "CLIP"]
     means = frame.groupby(["setting", "after"], sort=False)[measures].mean()
     last = means.groupby(level="setting", sort=False).tail(1).reset_index("after")
     print(last.round(3).to_string())
@@ -123,8 +180,10 @@ def summarise(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--only", nargs="*", help="names of settings, or parts of names")
     parser.add_argument("--requests", type=int, default=len(ORDERS[0]) + len(STYLES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--orders", nargs="*", type=int, default=range(len(ORDERS)), help="0, 1 or both")
     parser.add_argument("--images", type=int, default=5, help="pictures per concept and model")
     parser.add_argument("--out", type=Path, default=RESULTS / "continual.jsonl")
     parser.add_argument("--table", action="store_true")
@@ -133,25 +192,22 @@ def main() -> None:
     done = {(c["setting"], tuple(c["requests"]), c["seed"]) for c in read(args.out)}
     cells = [
         (name, (*order, *STYLES)[: args.requests], seed)
-        for seed in SEEDS
-        for order in ORDERS
+        for seed in args.seeds
+        for order in (ORDERS[i] for i in args.orders)
         for name in settings()
-        if args.only in name
+        if not args.only or any(name == o or (o not in settings() and o in name) for o in args.only)
     ]
     judge = duge.Judge.load()
     for name, requests, seed in [] if args.table else cells:
-        if (name, requests, seed) in done:
+        needless = name == ORACLE and (seed != SEEDS[0] or requests[0] != ORDERS[0][0] or not oracle())
+        if (name, requests, seed) in done or needless:
             continue
         started = time.perf_counter()
         folder = args.out.with_suffix(".work") / f"{name} {requests[0]} {len(requests)} {seed}".replace(
             " ", "-"
         )
-        sequence = forget(duge.load_pipeline(), name, requests, seed, folder)
-        matrix = sequence.matrix(images=args.images, steps=10, judge=judge)
         cell = {"setting": name, "requests": requests, "seed": seed, "images": args.images}
-        cell["seconds"] = sequence.costs().seconds.round(1).tolist()
-        cell["matrix"] = {c: column.tolist() for c, column in matrix.items()}
-        cell["metrics"] = json.loads(sequence.metrics(matrix).reset_index().to_json(orient="records"))
+        cell |= measure(name, requests, seed, folder, judge, args.images)
         with args.out.open("a") as file:
             file.write(json.dumps(cell) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,9 +6,10 @@
 
 Each cell (setting, target, seed) forgets, draws the same seeds as the base model, and lets the judge read:
 unlearning accuracy (UA) on photos and on the other styles, retention of the related concepts, of all other
-objects and of styles (relative to the base model), KID of retained pictures from base pictures of other seeds
-(the row "base" says how far apart two draws of one model are), processor seconds, and how many pictures went through the UNet. One line of json per cell. The oracle, a
-denoiser that was trained without the concept, is measured in the same way where there is one in ``data/``.
+objects and of styles (relative to the base model), KID of retained pictures from base pictures of other
+seeds (the row "base" says how far apart two draws of one model are), processor seconds, and how many
+pictures went through the UNet. One line of json per cell. The oracle, a denoiser that was trained without
+the concept, is measured in the same way where there is one in ``data/``.
 
 Forgetting runs as it does by default; the pictures that are judged, the base model's too, are drawn under
 bfloat16 autocast, which takes half the time on a processor that has it.

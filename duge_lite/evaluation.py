@@ -251,7 +251,7 @@ def clip_score(
         pixels = look(list(images[i : i + 64]), return_tensors="pt").pixel_values
         out = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pixels)
         scores.append(100 * (out.image_embeds * out.text_embeds).sum(dim=1).clamp(min=0))
-    return torch.cat(scores).numpy()
+    return torch.cat(scores).float().numpy()
 
 
 class _Features(torch.nn.Module):

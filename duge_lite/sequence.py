@@ -105,9 +105,14 @@ class UnlearningSequence:
         return sequence_metrics(matrix, self.concepts, model_card(self.pipe))
 
     def quality(
-        self, images: int = 5, steps: int | None = None, judge: Judge | None = None, seed: int = 0
+        self,
+        concepts: Sequence[str] | None = None,
+        images: int = 5,
+        steps: int | None = None,
+        judge: Judge | None = None,
+        seed: int = 0,
     ) -> pd.DataFrame:
-        """What accuracy does not see, on pictures of all objects that were never asked to go.
+        """What accuracy does not see, on pictures of ``concepts``: by default all objects that are to stay.
 
         ``KID``: distance from base pictures of *other* seeds, so that row 0, the base model itself, says how
         far apart two draws of one model are; ``CLIP``: the mean :func:`~duge_lite.evaluation.clip_score`.
@@ -115,7 +120,8 @@ class UnlearningSequence:
         """
         card = model_card(self.pipe)
         judge = judge or Judge.load(card.judge)
-        prompts = [card.prompt(c) for c in card.concepts if c not in self.concepts for _ in range(images)]
+        stay = [c for c in card.concepts if c not in self.concepts] if concepts is None else concepts
+        prompts = [card.prompt(c) for c in stay for _ in range(images)]
         try:
             others = sample(self.pipeline(at=0), prompts, seed=seed + len(prompts), steps=steps)
             rows = []
