@@ -185,8 +185,8 @@ def sequence_steps(
     finished one, to the same weights.
 
     Raises UnknownConceptError before anything is done, ValueError for a concept that comes twice or a
-    directory of another sequence, and KeyboardInterrupt when it is stopped: the unfinished request is taken
-    back, the finished ones stay.
+    directory of another sequence or with a damaged file, and KeyboardInterrupt when it is stopped or OSError
+    when the disk is full: the unfinished request is taken back, the finished ones stay.
     """
     card = model_card(pipe)
     for concept in concepts:
@@ -235,7 +235,11 @@ def sequence_steps(
                 run.restore()
                 raise KeyboardInterrupt(f"stopped in request {k} ({concept}), which is taken back")
             if step is not None:
-                run.save(step)
+                try:
+                    run.save(step)
+                except OSError:
+                    run.restore()
+                    raise
         sequence.append(run)
         yield sequence
 

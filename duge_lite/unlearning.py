@@ -376,7 +376,7 @@ class UnlearningRun:
     def save(self, folder: str | Path) -> Path:
         """Writes the trained weights as they are now, the settings and the history; all or nothing.
 
-        Raises FileExistsError rather than overwrite a folder.
+        Raises FileExistsError rather than overwrite a folder, OSError when the disk is full.
         """
         folder = Path(folder)
         if folder.exists():
@@ -384,12 +384,20 @@ class UnlearningRun:
         draft = folder.with_name(folder.name + ".part")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        now = plain_parameters(self.pipe.unet)
-        save_file({n: now[n].detach().cpu().contiguous() for n in self.before}, draft / "weights.safetensors")
+        parameters = plain_parameters(self.pipe.unet)
+        now = {n: parameters[n].detach().cpu().contiguous() for n in self.before}
         about = {name: getattr(self, name) for name in ("concept", "objective", "seconds", "passes")}
-        (draft / "run.json").write_text(json.dumps(about | {"config": asdict(self.config)}, indent=1))
-        self.history.to_csv(draft / "history.csv")
-        os.replace(draft, folder)
+        try:
+            save_file(now, draft / "weights.safetensors")
+            (draft / "run.json").write_text(json.dumps(about | {"config": asdict(self.config)}, indent=1))
+            self.history.to_csv(draft / "history.csv")
+            os.replace(draft, folder)
+        except Exception as error:  # a full disk: safetensors has its own kind of error for it
+            shutil.rmtree(draft, ignore_errors=True)
+            size = sum(value.nbytes for value in now.values()) / 1e6
+            raise OSError(
+                f"could not write {folder} ({error}): it needs {size:.1f} MB of free disk"
+            ) from error
         return folder
 
     def export_lora(self, folder: str | Path) -> Path:
@@ -409,16 +417,23 @@ class UnlearningRun:
     def load(cls, folder: str | Path, pipe: StableDiffusionPipeline) -> UnlearningRun:
         """Puts the weights that :meth:`save` wrote into ``pipe``; ``restore()`` takes them out again.
 
-        Raises FileNotFoundError when the folder holds no run, ValueError when it is another model's.
+        Raises FileNotFoundError when the folder holds no run, ValueError when it is damaged or belongs to
+        another model.
         """
         folder = Path(folder)
         if not (folder / "run.json").is_file():
             raise FileNotFoundError(
                 f"{folder} holds no run.json: expected a folder written by run.save(folder)"
             )
-        about = json.loads((folder / "run.json").read_text())
+        try:
+            about = json.loads((folder / "run.json").read_text())
+            weights = load_file(folder / "weights.safetensors")
+            history = pd.read_csv(folder / "history.csv", index_col="step")
+        except Exception as error:  # json, safetensors and pandas each raise their own kinds
+            raise ValueError(
+                f"{folder} is damaged ({error}): remove it; a sequence will then do this request again"
+            ) from error
         config = UnlearnConfig.from_json(json.dumps(about.pop("config")))
-        weights = load_file(folder / "weights.safetensors")
         parameters = trainable_parameters(pipe.unet, config)
         strange = [n for n, w in weights.items() if n not in parameters or parameters[n].shape != w.shape]
         if strange:
@@ -428,7 +443,6 @@ class UnlearningRun:
             )
         before = {n: parameters[n].detach().cpu().clone() for n in weights}
         overwrite(parameters, weights)
-        history = pd.read_csv(folder / "history.csv", index_col="step")
         return cls(pipe=pipe, config=config, history=history, before=before, **about)
 
 

@@ -1,11 +1,17 @@
 """One concept after another: what each request starts from, what is on disk, and how it goes on."""
 
 import dataclasses
+import multiprocessing
+import os
+import random
+import shutil
+import time
 
 import pandas as pd
 import pytest
 import torch
 from conftest import with_own_unet
+from safetensors.torch import load_file
 
 import duge_lite as duge
 from duge_lite import lessons, unlearning
@@ -243,6 +249,66 @@ def test_errors_teach_before_anything_is_done(tiny_pipe, tmp_path):
         forget(tiny_pipe, ("car",), dataclasses.replace(TINY, lr=0.5), directory=tmp_path)
     with pytest.raises(ValueError, match="holds another sequence: step_01_car instead of step_01_apple"):
         forget(tiny_pipe, ("apple",), directory=tmp_path)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "run.json", "history.csv"])
+def test_a_damaged_file_is_named(tiny_pipe, tmp_path, file):
+    forget(tiny_pipe, ("car",), directory=tmp_path)
+    learned = weights(tiny_pipe)
+    damaged = tmp_path / "step_01_car" / file
+    damaged.write_bytes(damaged.read_bytes()[: 20 if file != "history.csv" else 0])
+    with pytest.raises(ValueError, match="step_01_car is damaged .* remove it; a sequence will then do"):
+        forget(tiny_pipe, ("car",), directory=tmp_path)
+    shutil.rmtree(tmp_path / "step_01_car")
+    forget(tiny_pipe, ("car",), directory=tmp_path)
+    assert same(weights(tiny_pipe), learned)
+
+
+def test_a_full_disk_takes_back_the_request(tiny_pipe, tmp_path, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    first = forget(tiny_pipe, ("apple",), directory=tmp_path).weights(1)
+    monkeypatch.setattr(unlearning, "save_file", full)
+    with pytest.raises(OSError, match=r"could not write .*step_02_car.*No space left.* MB of free disk"):
+        forget(tiny_pipe, ("apple", "car"), directory=tmp_path)
+    assert [p.name for p in sorted(tmp_path.glob("step*"))] == ["step_01_apple"]
+    assert all(torch.equal(weights(tiny_pipe)[n], v) for n, v in first.items())
+    monkeypatch.undo()
+    assert forget(tiny_pipe, ("apple", "car"), directory=tmp_path).concepts == ("apple", "car")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_twenty_random_moments(tiny_master, tmp_path):
+    """kill -9, again and again: the weights are in the end those of a sequence that nobody disturbed."""
+
+    def work(folder) -> multiprocessing.Process:
+        def run():
+            torch.set_num_threads(1)  # the threads of a forked process's parent are gone
+            forget(with_own_unet(tiny_master), directory=folder)
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        return process
+
+    started, undisturbed = time.perf_counter(), work(tmp_path / "a")
+    undisturbed.join()
+    seconds, moments = time.perf_counter() - started, random.Random(0)
+    assert undisturbed.exitcode == 0
+    for _ in range(20):
+        process = work(tmp_path / "b")
+        process.join(moments.uniform(0, 0.5 * seconds))
+        process.kill()
+        process.join()
+    last = work(tmp_path / "b")
+    last.join()
+    assert last.exitcode == 0
+    for step in sorted((tmp_path / "a").glob("step_*")):
+        one, two = (load_file(tmp_path / x / step.name / "weights.safetensors") for x in "ab")
+        assert same(one, two)
+    assert len(list((tmp_path / "b").glob("step_*"))) == 3
 
 
 def test_memory_prompts_leave_out_objects_and_styles(tiny_master):

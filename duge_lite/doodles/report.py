@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from .. import visualize
 from ..attention import trace
 from ..evaluation import Judge, evaluate, wilson_interval
-from ..models import load_pipeline, sample
+from ..models import load_oracle, load_pipeline, sample
 from .captions import prompt
 from .draw import BACKGROUNDS, OBJECTS, STYLES, draw_scene, sample_scene
 
@@ -92,6 +92,22 @@ def figures(out: Path) -> None:
     (out / "overview.png").write_bytes(figure.png())
 
 
+def oracle_rows(pipe: StableDiffusionPipeline, judge: Judge, out: Path) -> list[tuple[str, float, str]]:
+    """What the oracles of single objects know, and what they make of the word they never saw a picture of."""
+    rows = []
+    for concept in OBJECTS:
+        if not (out / f"doodle-oracle-{concept.replace(' ', '-')}").is_dir():
+            continue
+        oracle = load_oracle(pipe, concept)
+        rest = evaluate(oracle, [o for o in OBJECTS if o != concept], 10, judge=judge, seed=10_000)
+        what = f"oracle without {concept}"
+        rows.append((f"{what}: the other objects, 10 photos each", rest.accuracy.mean(), "0.97"))
+        asked = sample(oracle, [prompt(concept)] * 50, seed=10_000)
+        seen = judge.sees(asked, concept).mean()
+        rows.append((f"{what}: asked for one, the judge sees one (50 photos)", seen, ""))
+    return rows
+
+
 def report(out: Path, images: int = 25) -> None:
     """Prints every number of the data card."""
     rows: list[tuple[str, float, str]] = []
@@ -129,6 +145,7 @@ def report(out: Path, images: int = 25) -> None:
             )
         )
         rows.append((f"generated {style}: object named right (100)", float((named.T == OBJECTS).mean()), ""))
+    rows += oracle_rows(pipe, judge, out)
     rng = np.random.default_rng(5)
     pairs = [tuple(rng.choice(OBJECTS, size=2, replace=False)) for _ in range(200)]
     pictures = sample(pipe, [prompt(p) for p in pairs], seed=30_000)
