@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import with_own_unet
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 import duge_lite as duge
 from duge_lite.attention import cross_attention_layers
 from duge_lite.doodles import OBJECTS, STYLES
 from duge_lite.errors import DivergedError, UnknownConceptError
-from duge_lite.lessons import DUGE, Pictures, draw_pictures, encode_prompts, memory_prompts
+from duge_lite.lessons import DUGE, Noised, Pictures, draw_pictures, encode_prompts, memory_prompts
 from duge_lite.models import model_card
 from duge_lite.unlearning import (
     TRAINABLE,
@@ -559,6 +559,21 @@ def test_a_bf16_pipeline_is_restored_after_divergence(bf16_pipe, tiny_memory, fo
     with pytest.raises(DivergedError):
         forget(pipe=bf16_pipe, memory=poisoned(tiny_memory))
     assert not changed(bf16_pipe, before)
+
+
+def test_a_model_that_predicts_velocity_is_asked_for_velocity(tiny_pipe, tiny_memory, forget):
+    """Stable Diffusion 2.x: v = sqrt(a) * noise - sqrt(1 - a) * picture."""
+    tiny_pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
+    seen = Noised.of(tiny_memory, 6, scheduler, torch.Generator().manual_seed(3))
+    a = scheduler.alphas_cumprod[seen.timesteps].view(-1, 1, 1, 1)
+    picture = tiny_memory.latents[seen.index]
+    noise = (seen.noisy - a.sqrt() * picture) / (1 - a).sqrt()
+    torch.testing.assert_close(seen.truth, a.sqrt() * noise - (1 - a).sqrt() * picture, atol=1e-3, rtol=1e-3)
+    before = weights(tiny_pipe)
+    run = forget(preserve="noise", iterations=3)
+    assert changed(tiny_pipe, before) and run.history.prior.iloc[-1] < 10
+    run.restore()
 
 
 def test_what_the_memorys_words_say_can_be_protected(tiny_pipe, tiny_memory, forget):
