@@ -563,7 +563,9 @@ def test_a_bf16_pipeline_is_restored_after_divergence(bf16_pipe, tiny_memory, fo
 
 def test_a_model_that_predicts_velocity_is_asked_for_velocity(tiny_pipe, tiny_memory, forget):
     """Stable Diffusion 2.x: v = sqrt(a) * noise - sqrt(1 - a) * picture."""
-    tiny_pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    tiny_pipe.scheduler = type(tiny_pipe.scheduler).from_config(
+        tiny_pipe.scheduler.config, prediction_type="v_prediction"
+    )
     scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
     seen = Noised.of(tiny_memory, 6, scheduler, torch.Generator().manual_seed(3))
     a = scheduler.alphas_cumprod[seen.timesteps].view(-1, 1, 1, 1)
