@@ -171,14 +171,21 @@ def test_pictures_are_drawn_on_seeds_of_their_own(tiny_pipe, monkeypatch):
     assert len(set.union(*used)) == sum(map(len, used))
 
 
-def test_target_pictures_show_the_concept_in_every_style(tiny_pipe, monkeypatch):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch) -> list[list[str]]:
+    """The prompts that were drawn: of the concept, then of the memory. One picture of each is enough."""
+    seen = []
 
     def spy(pipe, prompts, seed):
-        asked.append(list(prompts))
+        seen.append(list(prompts))
         return draw_pictures(pipe, prompts[:1], seed)
 
-    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+    for module in (duge.unlearning, duge.lessons):
+        monkeypatch.setattr(module, "draw_pictures", spy)
+    return seen
+
+
+def test_target_pictures_show_the_concept_in_every_style(tiny_pipe, asked):
     next(unlearn_steps(tiny_pipe, "bow tie", tiny(target_size=7, memory_size=30)))
     target, memory = asked
     assert len(target) == 7 and len(memory) == 30
@@ -314,8 +321,8 @@ def test_restore_brings_back_every_bit(tiny_pipe, forget, train):
 
 
 def test_the_run_says_what_was_done(tiny_pipe, forget):
-    run = forget("harp", iterations=3)
-    assert run.concept == "harp" and run.config.iterations == 3 and run.pipe is tiny_pipe
+    run = forget("star", iterations=3)
+    assert run.concept == "star" and run.config.iterations == 3 and run.pipe is tiny_pipe
     assert list(run.history.columns) == [
         "loss",
         "forget",
@@ -682,7 +689,7 @@ def test_a_second_lora_run_goes_on_from_the_first(tiny_pipe, forget):
     base = answer()
     one = forget(train="lora")
     first = answer()
-    two = forget("car", train="lora")
+    two = forget("star", train="lora")
     assert not torch.equal(answer(), first)
     two.restore()
     assert torch.equal(answer(), first)
@@ -692,7 +699,7 @@ def test_a_second_lora_run_goes_on_from_the_first(tiny_pipe, forget):
 
 def test_runs_of_both_kinds_are_undone_in_order(tiny_pipe, forget):
     before = weights(tiny_pipe)
-    one, two = forget(), forget("car", train="lora")
+    one, two = forget(), forget("star", train="lora")
     two.restore()
     one.restore()
     assert not changed(tiny_pipe, before)
@@ -745,8 +752,8 @@ def test_the_base_can_be_the_reference(tiny_pipe, tiny_memory):
     """After one request, the base's answers differ from those of the model as it is."""
     config = tiny(iterations=1)
     base = {n: p.detach().clone() for n, p in trainable_parameters(tiny_pipe.unet, config).items()}
-    unlearn(tiny_pipe, "car", tiny(iterations=6), tiny_memory, progress=False)
-    after_car, firsts = weights(tiny_pipe), {}
+    unlearn(tiny_pipe, "star", tiny(iterations=6), tiny_memory, progress=False)
+    after_star, firsts = weights(tiny_pipe), {}
     for name in ("base", "previous"):
         for option in ("reference", "anchor"):
             choice = {"reference": "previous", "anchor": "previous", option: name}
@@ -754,8 +761,8 @@ def test_the_base_can_be_the_reference(tiny_pipe, tiny_memory):
             steps = unlearn_steps(tiny_pipe, "apple", settings, tiny_memory, base=base)
             firsts[option, name] = next(steps)
             steps.close()
-            assert changed(tiny_pipe, after_car)
-            tiny_pipe.unet.load_state_dict(after_car)
+            assert changed(tiny_pipe, after_star)
+            tiny_pipe.unet.load_state_dict(after_star)
     assert firsts["reference", "previous"].prior == pytest.approx(0, abs=1e-9)
     assert firsts["reference", "base"].prior > 1e-6
     assert firsts["anchor", "previous"].regularization == pytest.approx(0, abs=1e-9)
@@ -784,14 +791,7 @@ def test_what_the_reference_is_asked_instead(tiny_pipe, tiny_memory, monkeypatch
     assert set(others) == expected and len(others) == 20
 
 
-def test_a_style_can_be_forgotten(tiny_pipe, monkeypatch):
-    asked = []
-
-    def spy(pipe, prompts, seed):
-        asked.append(list(prompts))
-        return draw_pictures(pipe, prompts[:1], seed)
-
-    monkeypatch.setattr(duge.unlearning, "draw_pictures", spy)
+def test_a_style_can_be_forgotten(tiny_pipe, asked):
     run = unlearn(tiny_pipe, "neon", tiny(target_size=20, memory_size=60), progress=False)
     target, memory = asked
     assert run.concept == "neon"
