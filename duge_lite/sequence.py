@@ -7,6 +7,7 @@ where it was, and any model along the way can be opened again.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -63,8 +64,11 @@ class UnlearningSequence:
         return pd.concat(parts, names=["request", "step"]) if parts else pd.DataFrame()
 
     def costs(self) -> pd.DataFrame:
-        """Seconds, and pictures through the UNet, per request."""
-        rows = [{"concept": r.concept, "seconds": r.seconds, "passes": r.passes} for r in self.runs]
+        """Seconds, pictures through the UNet and peak memory in MB, per request.
+
+        The seconds of the first request hold the drawing of a memory that is kept; the pictures do not.
+        """
+        rows = [{n: getattr(r, n) for n in ("concept", "seconds", "passes", "memory")} for r in self.runs]
         return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="request"))
 
     def weights(self, at: int) -> dict[str, Tensor]:
@@ -210,6 +214,7 @@ def sequence_steps(
                     raise ValueError(f"{folder} holds another sequence: {other.name} instead of {step.name}")
             mine = replace(config, seed=config.seed + k - 1)
             earlier = tuple(concepts[: k - 1])
+            started = time.perf_counter()
             if config.reference == "base":
                 trained = trainable_parameters(pipe.unet, config)
                 with swapped(trained, {name: value.to(trained[name]) for name, value in base.items()}):
@@ -217,6 +222,7 @@ def sequence_steps(
                         once = replace(config, seed=config.seed + j)
                         memory = fill_memory(pipe, concepts[: j + 1], once, memory)
                 filled = k
+            filling = time.perf_counter() - started
             last = sequence.weights(at=k - 1)
             if config.merge:
                 sequence.pipeline(at=0)
@@ -226,6 +232,7 @@ def sequence_steps(
                 if config.merge:
                     sequence.pipeline(at=k - 1)
                 raise
+            run = replace(run, seconds=run.seconds + filling)
             if config.merge:
                 parameters = plain_parameters(pipe.unet)
                 changed = {n: last[n] + parameters[n].detach().cpu() - base[n] for n in base}

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -335,6 +336,18 @@ def unlearn_steps(
             ) from error
 
 
+def _peak_memory(device: torch.device) -> float:
+    """In MB; see UnlearningRun.memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
 def _gradient_norm(loss: Tensor, trained: dict[str, torch.nn.Parameter]) -> float:
     gradients = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
     return float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
@@ -350,6 +363,8 @@ class UnlearningRun:
         seconds: wall-clock time, the drawing of the memory included.
         before: the trained weights from before, on the CPU.
         passes: pictures that went through the UNet, whatever for (a guided sampling step counts two).
+        memory: the most that was ever in use, in MB: on CUDA of the GPU during this run, elsewhere of the
+            process so far (nan where the system does not tell). What grows from run to run leaks.
     """
 
     pipe: StableDiffusionPipeline = field(repr=False)
@@ -360,6 +375,7 @@ class UnlearningRun:
     before: dict[str, Tensor] = field(repr=False)
     objective: str = DUGE.name
     passes: int = 0
+    memory: float = math.nan
 
     def restore(self) -> None:
         """Puts the weights from before the run back into the pipeline."""
@@ -386,7 +402,8 @@ class UnlearningRun:
         draft.mkdir(parents=True)
         parameters = plain_parameters(self.pipe.unet)
         now = {n: parameters[n].detach().cpu().contiguous() for n in self.before}
-        about = {name: getattr(self, name) for name in ("concept", "objective", "seconds", "passes")}
+        facts = ("concept", "objective", "seconds", "passes", "memory")
+        about = {name: getattr(self, name) for name in facts}
         try:
             save_file(now, draft / "weights.safetensors")
             (draft / "run.json").write_text(json.dumps(about | {"config": asdict(self.config)}, indent=1))
@@ -474,6 +491,8 @@ def unlearn(
         nonlocal passes
         passes += len(args[0] if args else kwargs["sample"])
 
+    if pipe.unet.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(pipe.unet.device)
     counter = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     steps = unlearn_steps(pipe, concept, config, memory, objective, base, earlier)
     bar = tqdm(steps, total=config.iterations, desc=f"forgetting {concept}", disable=not progress)
@@ -501,4 +520,5 @@ def unlearn(
     columns = [f.name for f in fields(UnlearnState) if f.name != "iterations"]
     history = pd.DataFrame(rows, columns=columns).set_index("step")
     seconds = time.perf_counter() - started
-    return UnlearningRun(pipe, concept, config, history, seconds, before, objective.name, passes)
+    memory = _peak_memory(pipe.unet.device)
+    return UnlearningRun(pipe, concept, config, history, seconds, before, objective.name, passes, memory)

@@ -232,6 +232,8 @@ def test_a_finished_sequence_is_read_and_not_done_again(tiny_pipe, tmp_path):
     pd.testing.assert_frame_equal(one.history, two.history, check_dtype=False)
     assert list(two.costs().concept) == list(THREE) and (two.costs().seconds > 0).all()
     assert one.costs().passes.nunique() == 1  # the third request costs what the first did
+    memory = one.costs().memory
+    assert memory.equals(two.costs().memory) and 100 < memory[1] and memory[3] < memory[1] + 200
     assert same(weights(two.pipeline(at=1)), weights(one.pipeline(at=1)))
 
 
