@@ -9,7 +9,7 @@ EXECUTE = $(PY) -m nbconvert --log-level=ERROR --execute --ExecutePreprocessor.t
 ROOT_TOO = $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one often is
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test quick run notebooks lint format wheel clean
+.PHONY: help lab test colab quick run notebooks lint format wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,14 @@ lab: $(STAMP)  ## open the course in JupyterLab
 
 test: $(STAMP)  ## all tests, and every notebook executed from top to bottom
 	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=900
+
+colab: $(STAMP) .colab/.stamp  ## some notebooks again, with the packages that Colab brings
+	PYTHONPATH=$(CURDIR)/.colab $(PY) -m pytest --nbmake --nbmake-timeout=900 $(foreach n,00 01 03,$(wildcard notebooks/$n_*.ipynb))
+
+.colab/.stamp: constraints-colab.txt $(STAMP)
+	@rm -rf .colab
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --target .colab -r constraints-colab.txt
+	@touch $@
 
 quick: $(STAMP)  ## the fast tests only
 	$(PY) -m pytest tests -m "not slow"

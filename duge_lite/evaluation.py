@@ -12,7 +12,13 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ResNetForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    ResNetForImageClassification,
+)
 
 from .errors import ModelNotFoundError, UnknownConceptError
 from .models import ModelCard, data_dir, model_card, sample
@@ -40,7 +46,9 @@ class Judge:
             model = ResNetForImageClassification.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32
             )
-            processor = AutoImageProcessor.from_pretrained(folder)
+            # ours by name: without torchvision, older transformers cannot look it up
+            kind = CLIPImageProcessor if str(source) == "doodle" else AutoImageProcessor
+            processor = kind.from_pretrained(folder)
         except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
             raise ModelNotFoundError(
                 f"no judge at {folder}: expected an image classifier saved by `save_pretrained`, "
@@ -242,7 +250,7 @@ def clip_score(
     source = data_dir() / "doodle-clip" if str(clip) == "doodle" else clip
     try:
         model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
-        read, look = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
+        read, look = AutoTokenizer.from_pretrained(source), CLIPImageProcessor.from_pretrained(source)
     except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
         raise ModelNotFoundError(f"no CLIP at {source}: expected a CLIPModel, as safetensors") from error
     scores = []

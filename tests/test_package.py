@@ -25,8 +25,8 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def read_pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+def read_pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text("utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonical(name): version for name, version in pins.items()}
 
@@ -48,20 +48,14 @@ def test_dependency_is_pinned_within_its_range(line):
     assert requirement.specifier.contains(read_pins()[canonical(requirement.name)])
 
 
-COLAB = {  # the image of 2026-08; installing there must upgrade nothing
-    "torch": "2.11.0",
-    "diffusers": "0.39.0",
-    "transformers": "5.15.0",
-    "numpy": "2.1.3",
-    "ipywidgets": "7.7.1",
-    "matplotlib": "3.10.0",
-}
+# The image of 2026-08; installing there must upgrade nothing.
+COLAB = {"torch": "2.11.0", **read_pins("constraints-colab.txt")}
 
 
 @pytest.mark.parametrize("name", COLAB)
 def test_ranges_admit_colab(name):
-    requirements = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
-    assert requirements[name].specifier.contains(COLAB[name])
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        assert requirement.name != name or requirement.specifier.contains(COLAB[name])
 
 
 def test_conda_environment_agrees_with_pins():
