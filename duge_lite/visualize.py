@@ -51,6 +51,7 @@ def image_grid(
     top = (0.3 if title else 0.05) + (0.25 if column_labels else 0)
     size = (left + width * cell, top + height * cell)
     figure = Plot(figsize=size, dpi=100)
+    figure.colors = 256
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             x, y = left + j * cell, size[1] - top - (i + 1) * cell

@@ -10,6 +10,7 @@ from PIL import Image
 
 import duge_lite as duge
 from duge_lite import visualize
+from duge_lite.doodles import OBJECTS, STYLES, draw
 
 
 def _frame(values):
@@ -114,3 +115,14 @@ def test_matrices_show_every_number_and_hatch_a_zero():
 def test_matrices_of_nothing_but_zeros():
     figure = visualize.matrices({"at the anchor": {f"{LAYERS[0]}.to_q.weight": 0.0}})
     assert figure.png() and "0 of 4 above zero" in figure.alt
+
+
+def test_fewer_colours_take_fewer_bytes_and_look_the_same():
+    figure = visualize.image_grid([[draw(o, s, seed=3) for o in OBJECTS[:6]] for s in STYLES])
+    assert figure.colors == 256
+    few = figure.png()
+    figure.colors = None
+    full = figure.png()
+    small, large = (np.asarray(Image.open(io.BytesIO(p)).convert("RGB"), float) for p in (few, full))
+    assert len(few) < 0.7 * len(full) and small.shape == large.shape
+    assert np.abs(small - large).mean() < 3
