@@ -84,7 +84,7 @@ def swapped(parameters: dict[str, Tensor], values: Mapping[str, Tensor] | None) 
 
 
 @contextmanager
-def _training(unet: torch.nn.Module, trained: dict[str, torch.nn.Parameter]) -> Iterator[None]:
+def training(unet: torch.nn.Module, trained: dict[str, torch.nn.Parameter]) -> Iterator[None]:
     """Only ``trained`` gets gradients, in 32 bits; afterwards flags and precision are as before."""
     flags = {p: p.requires_grad for p in unet.parameters()}
     dtypes = {p: p.dtype for p in trained.values()}
@@ -273,7 +273,7 @@ def unlearn_steps(
     weights = (config.lambda_attention, config.lambda_prior, config.lambda_regularization)
 
     step = 0
-    with _training(unet, trained):
+    with training(unet, trained):
         start = {name: p.detach().cpu().clone() for name, p in trained.items()}  # exact, off the device
         pulls = start if base is None or config.anchor == "previous" else base
         anchor = {n: v.to(device, torch.float16) for n, v in pulls.items()}  # all that is kept on the device
