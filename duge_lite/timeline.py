@@ -47,6 +47,7 @@ class Timeline:
         if not 0 <= at < len(self.pictures):
             raise ValueError(f"at = {at}: expected a number from 0 (the base) to {len(self.pictures) - 1}")
         figure = Plot(figsize=(10, 5), dpi=100, layout="constrained")
+        figure.colors = 256
         above, below = figure.subfigures(2, 1, height_ratios=(2, 3.4))
         rows = above.subplots(2, len(self.names), squeeze=False)
         for row, k in zip(rows, (0, at), strict=True):
