@@ -112,8 +112,10 @@ def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionP
             f"no oracle for {concept!r} at {folder}. Train it with "
             f'`python -m duge_lite.doodles.train --without "{concept}"`.'
         )
-    unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
-    parts = pipe.components | {"unet": unet.to(pipe.device, pipe.unet.dtype).eval()}
+    with warnings.catch_warnings():  # as in load_pipeline
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=pipe.unet.dtype)
+    parts = pipe.components | {"unet": unet.to(pipe.device).eval()}
     oracle = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     oracle.set_progress_bar_config(disable=True)
     return oracle

@@ -183,6 +183,17 @@ def test_the_card_of_another_stable_diffusion(tiny_master):
         card.check("mushroom")
 
 
+def test_the_oracle_fits_into_the_pipeline(doodle_master, recwarn):
+    oracle = duge.load_oracle(doodle_master, "apple")
+    assert oracle.text_encoder is doodle_master.text_encoder and oracle.vae is doodle_master.vae
+    assert oracle.unet.dtype == doodle_master.unet.dtype and not oracle.unet.training
+    weight = "conv_in.weight"
+    assert not torch.equal(oracle.unet.get_parameter(weight), doodle_master.unet.get_parameter(weight))
+    assert not [w for w in recwarn if "torch_dtype" in str(w.message)]
+    with pytest.raises(ModelNotFoundError, match="no oracle for 'gas pump' at .* --without \"gas pump\""):
+        duge.load_oracle(doodle_master, "gas pump")
+
+
 def test_a_card_needs_both_signs(tiny_master):
     """77 tokens alone, or another width alone, make it no doodle model."""
     pipe = copy.copy(tiny_master)
