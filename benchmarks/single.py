@@ -1,7 +1,7 @@
 """One concept forgotten, many ways: the experiment that settles the defaults of UnlearnConfig.
 
     python benchmarks/single.py                 # every setting; goes on where it stopped
-    python benchmarks/single.py --only DUGE UCE # these settings; a text that is no name: all that contain it
+    python benchmarks/single.py --only DUGE UCE # these settings, in this order; no name: all that contain it
     python benchmarks/single.py --table         # only the table and the plot, from what is there
 
 Each cell (setting, target, seed) forgets, draws the same seeds as the base model, and lets the judge read:
@@ -70,7 +70,7 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective | None]]:
         "DUGE, mas": (replace(c, regularizer="mas"), DUGE),
         "DUGE, memory 16": (replace(c, memory_size=16), DUGE),
         "DUGE, memory 48": (replace(c, memory_size=48), DUGE),
-        "DUGE, 75 iterations": (replace(c, iterations=75), DUGE),
+        "DUGE, half of all": (replace(c, iterations=75, memory_size=64, lessons=128), DUGE),
         "DUGE, lr 3e-4": (replace(c, lr=3e-4), DUGE),
         "DUGE, true noise": (replace(c, preserve="noise"), DUGE),
         "DUGE, 64 lessons": (replace(c, lessons=64), DUGE),
@@ -235,7 +235,9 @@ def main() -> None:
         done = read(args.out)
         finished = set() if done.empty else set(zip(done.setting, done.target, done.seed, strict=True))
         bench = Bench(args.images)
-        chosen = [n for n in settings() if any(n == o or (o not in settings() and o in n) for o in args.only)]
+        known = settings()
+        parts = [[o] if o in known else [n for n in known if o in n] for o in args.only]
+        chosen = dict.fromkeys(name for names in parts for name in names)
         for seed in args.seeds:  # a full round of settings and targets before the next seed
             for name in chosen:
                 for target in args.targets:

@@ -21,6 +21,7 @@ from PIL import Image
 from . import errors, visualize
 from .attention import AttentionTrace, trace
 from .evaluation import Judge
+from .lessons import Pictures, fill_memory
 from .models import ModelCard, model_card, sample
 from .plot import Plot
 from .unlearning import UnlearnConfig, UnlearningRun, UnlearnState, unlearn
@@ -31,6 +32,8 @@ LOSSES = {
     "regularization": "weights stay near their start",
 }
 """What each loss asks for; its weight is ``lambda_<name>`` of UnlearnConfig."""
+
+NOTHING_DONE = "Stopped before the first iteration: nothing was changed."
 
 STYLE = """<style>
 .duge-runs { overflow-x: auto; line-height: 1.4 }
@@ -121,6 +124,7 @@ class UnlearningStudio(widgets.VBox):
         self.rows: list[dict[tuple[str, str], object]] = []
         self.error: BaseException | None = None
         self._busy, self._verdict = False, ""
+        self._memory: Pictures | None = None  # of the last run: most of it serves the next
         self._stopping, self._thread = threading.Event(), threading.Thread()
 
         self.concept = _field(widgets.Dropdown, "Forget", "14em", options=card.forgettable)
@@ -175,7 +179,7 @@ class UnlearningStudio(widgets.VBox):
         if self._busy:
             self._stopping.set()
             self.stop.disabled = True
-            self._say("Stopping after this iteration ...")
+            self._say("Stopping after what is at hand ...")
 
     def _on_undo(self) -> None:
         if not self._take_turn():
@@ -213,9 +217,12 @@ class UnlearningStudio(widgets.VBox):
         self._verdict, self.progress.max, self.progress.value = "", config.iterations, 0
         self._say(f"{title}: drawing the pictures of before ...")
         before = preview(self.pipe, concept, self.seed, self.preview_steps)
-        if self._stopping.is_set():
-            raise KeyboardInterrupt("Stopped before the first iteration: nothing was changed.")
-        self._say(f"{title}: the model draws what it will learn from ...")
+        self._stop_if_asked()
+        self._say(f"{title}: the model draws what is to stay ...")
+        gone = [run.concept for run in self.runs]
+        self._memory = fill_memory(self.pipe, [*gone, concept], config, self._memory)
+        self._stop_if_asked()
+        self._say(f"{title}: the model draws what is to go ...")
 
         def on_step(state: UnlearnState) -> None:
             states.append(vars(state))
@@ -232,9 +239,9 @@ class UnlearningStudio(widgets.VBox):
                 raise KeyboardInterrupt
             self._say(f"{now}, attention loss {state.forget:.3f}.{self._verdict}")
 
-        run = unlearn(self.pipe, concept, config, on_step=on_step, progress=False)
+        run = unlearn(self.pipe, concept, config, self._memory, on_step=on_step, progress=False)
         if not states:
-            raise KeyboardInterrupt("Stopped before the first iteration: nothing was changed.")
+            raise KeyboardInterrupt(NOTHING_DONE)
         self.rows.append(self._row(run))
         self.runs.append(run)
         if failed:
@@ -244,6 +251,10 @@ class UnlearningStudio(widgets.VBox):
         self.rows[-1] |= self._look(before, f"{title}: {done}")
         how = f"stopped {done}" if len(states) < config.iterations else "is done"
         self._say(f"Run {len(self.rows)} {how} ({run.seconds:.0f} s).{self._verdict} Undo takes it back.")
+
+    def _stop_if_asked(self) -> None:
+        if self._stopping.is_set():
+            raise KeyboardInterrupt(NOTHING_DONE)
 
     def _look(self, before: Preview, title: str) -> dict[tuple[str, str], object]:
         """Shows the same seeds before and now; returns what the judge finds, as cells of the table."""

@@ -14,6 +14,7 @@ CHECKERS = [
     checks.scaled_share,
     checks.cross_attention_loss,
     checks.regularization_loss,
+    checks.gone_and_kept,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
