@@ -28,10 +28,9 @@ import torch
 from PIL import Image
 
 import duge_lite as duge
-from duge_lite import baselines
+from duge_lite import baselines, visualize
 from duge_lite.evaluation import kid
 from duge_lite.lessons import DUGE, Objective, Pictures, draw_pictures, memory_prompts
-from duge_lite.plot import Plot
 from duge_lite.unlearning import UnlearnConfig, UnlearningRun, unlearn
 
 RESULTS = Path(__file__).parent / "results"
@@ -209,15 +208,8 @@ def summarise(path: Path) -> None:
     table.insert(0, "cells", cells.groupby("setting").size())
     print(table.round(3).to_string())
     table.round(4).to_csv(path.with_suffix(".csv"))
-    figure = Plot(figsize=(8, 5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for name, row in table.iterrows():
-        ours = name.startswith("DUGE")
-        axes.plot(row.others, row.UA, "o" if ours else "s", color="#35618f" if ours else "#c8553d", ms=7)
-        axes.annotate(name, (row.others, row.UA), fontsize=7, xytext=(5, 3), textcoords="offset points")
-    axes.set(xlabel="retention of all other objects", ylabel="unlearning accuracy")
-    axes.set_title("Forgetting one concept: further up and to the right is better", fontsize=11)
-    axes.grid(alpha=0.25)
+    measured = table[table.cells >= len(TARGETS)]  # on all targets, or the means do not compare
+    figure = visualize.trade_off(measured[["others", "UA"]].drop(NOTHING, errors="ignore"))
     path.with_suffix(".png").write_bytes(figure.png())
 
 

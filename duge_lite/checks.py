@@ -238,3 +238,30 @@ def recovery_time(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "the longer it takes, the less was left to find.")
+
+
+def beats(function: Callable) -> Verdict:
+    """Notebook 05: ``beats(a, b)``, whether method a beats b; each is a Series of numbers, more is better."""
+
+    def method(**numbers: float) -> pd.Series:
+        return pd.Series(numbers)
+
+    good, same = method(gone=0.9, kept=0.9), method(gone=0.9, kept=0.9)
+    cases = [
+        Case((good, method(gone=0.8, kept=0.7)), True, "Better on every count: that beats."),
+        Case(
+            (good, method(gone=1.0, kept=0.2)),
+            False,
+            "The other one is better at forgetting: neither beats the other.",
+        ),
+        Case(
+            (method(gone=0.9, kept=0.95), good), True, "Equal on one count and better on the other: beaten."
+        ),
+        Case((good, same), False, "Two equals do not beat each other: one has to be better somewhere."),
+        Case(
+            (method(gone=0.9, kept=0.8), method(kept=0.85, gone=0.75)),
+            False,
+            "Look the numbers up by their name: the two may have different orders.",
+        ),
+    ]
+    return examine(function, cases, "who is beaten on both counts need not be discussed further.")

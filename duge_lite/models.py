@@ -27,6 +27,12 @@ def data_dir() -> Path:
     return packaged if packaged.is_dir() else here.parent / "data"
 
 
+def results_dir() -> Path:
+    """The folder of what ``benchmarks/`` measured: inside an installed package, or in a checkout."""
+    packaged = data_dir() / "results"
+    return packaged if packaged.is_dir() else data_dir().parent / "benchmarks" / "results"
+
+
 def default_device() -> torch.device:
     """CUDA, else Apple's MPS, else the CPU."""
     if torch.cuda.is_available():

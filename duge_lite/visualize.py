@@ -29,8 +29,8 @@ from .visualize_attention import (
 
 __all__ = [
     "accuracy_plot", "attention_difference", "concentration", "contact_sheet", "denoising", "heads",
-    "image_grid", "loss_curves", "matrices", "shares_moved", "target_maps", "token_shares", "word_overlay",
-    "words_by_layer", "words_by_step",
+    "image_grid", "loss_curves", "matrices", "pareto_front", "shares_moved", "target_maps", "token_shares",
+    "trade_off", "word_overlay", "words_by_layer", "words_by_step",
 ]  # fmt: skip
 
 KEPT, LOST, ACCENT = "#35618f", "#c8553d", "#5b5b66"  # told apart by lightness too
@@ -267,5 +267,58 @@ def matrices(panels: Mapping[str, Mapping[str, float]], title: str = "") -> Plot
     figure.alt = f"{title or 'Matrices of cross-attention'}. " + "; ".join(
         f"{name}: {int((t > 0).sum())} of {t.size} above zero, the largest {t.max():.2g}"
         for name, t in zip(panels, tables, strict=True)
+    )
+    return figure
+
+
+def pareto_front(table: pd.DataFrame) -> list[str]:
+    """The rows that no other beats, by being as good in every column and better in one; more is better."""
+    values = table.to_numpy(float)
+    lead = values[:, None] - values  # (n, n, columns): of each row over each row
+    beaten = ((lead >= 0).all(axis=2) & (lead > 0).any(axis=2)).any(axis=0)
+    return list(table.index[~beaten])
+
+
+def trade_off(
+    table: pd.DataFrame,
+    title: str = "Gone, and kept: further up and to the right is better",
+    axes_labels: tuple[str, str] = ("what is left of all other concepts", "what is gone of the concept"),
+) -> Plot:
+    """A point per row of ``table``, whose two columns are drawn to the right and up; more of both is better.
+
+    Rows on the Pareto front (:func:`pareto_front`) are filled, rows that another one beats are hollow.
+    """
+    front = pareto_front(table)
+    figure = Plot(figsize=(9, max(3.4, 0.28 * len(table))), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    x, y = table.columns
+    ranked = table.sort_values([y, x], ascending=False)
+    for i, (name, row) in enumerate(ranked.iterrows()):
+        on = name in front
+        look = dict(marker="o" if on else "s", mfc=KEPT if on else "white", zorder=4 if on else 3)
+        axes.plot(row[x], row[y], color=KEPT, ms=8, mew=1.5, **look)
+        height = 1 - (i + 0.5) / len(ranked)  # names stand in a column, so that close points stay apart
+        axes.annotate(
+            f"{name}: {row[y]:.0%} gone, {row[x]:.0%} kept",
+            (row[x], row[y]),
+            (1.04, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            fontweight="bold" if on else "normal",
+            va="center",
+            arrowprops=dict(arrowstyle="-", color=ACCENT, lw=0.7, alpha=0.45, relpos=(0, 0.5), shrinkB=5),
+        )
+    axes.margins(0.08)
+    axes.set_xlabel(axes_labels[0], fontsize=9)
+    axes.set_ylabel(axes_labels[1], fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=11)
+    figure.alt = f"{title}. " + "; ".join(
+        f"{name}{' (on the front)' if name in front else ''}: {row[y]:.2f} {y}, {row[x]:.2f} {x}"
+        for name, row in table.iterrows()
     )
     return figure

@@ -15,6 +15,8 @@ CHECKERS = [
     checks.cross_attention_loss,
     checks.regularization_loss,
     checks.gone_and_kept,
+    checks.recovery_time,
+    checks.beats,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
@@ -170,3 +172,16 @@ def walk(parameters, anchor, importance, each):
 def test_regularization_loss_wrong(wrong, hint):
     verdict = checks.regularization_loss(wrong)
     assert not verdict and hint.lower() in verdict.message.lower()
+
+
+def test_beats_knows_equals_and_names():
+    right = checks.beats(lambda a, b: (a >= b[a.index]).all() and (a > b[a.index]).any())
+    assert right, right
+    for wrong, hint in (
+        (lambda a, b: (a > b[a.index]).all(), "Equal on one count"),
+        (lambda a, b: (a >= b[a.index]).all(), "Two equals"),
+        (lambda a, b: (a > b[a.index]).any(), "neither beats"),
+        (lambda a, b: (a.values >= b.values).all() and (a.values > b.values).any(), "by their name"),
+    ):
+        verdict = checks.beats(wrong)
+        assert not verdict and hint in verdict.message, verdict

@@ -126,3 +126,19 @@ def test_fewer_colours_take_fewer_bytes_and_look_the_same():
     small, large = (np.asarray(Image.open(io.BytesIO(p)).convert("RGB"), float) for p in (few, full))
     assert len(few) < 0.7 * len(full) and small.shape == large.shape
     assert np.abs(small - large).mean() < 3
+
+
+def test_the_front_holds_whoever_nobody_beats():
+    table = pd.DataFrame(
+        {"kept": [0.2, 0.9, 0.95, 0.9, 0.9], "gone": [1.0, 0.9, 0.8, 0.8, 0.9]}, index=list("abcde")
+    )
+    assert visualize.pareto_front(table) == ["a", "b", "c", "e"]  # equals stay both; c beats d
+
+
+def test_trade_off_says_who_is_on_the_front():
+    table = pd.DataFrame({"kept": [0.9, 0.8], "gone": [1.0, 0.7]}, index=["ours", "theirs"])
+    figure = visualize.trade_off(table)
+    assert "ours (on the front): 1.00 gone, 0.90 kept; theirs: 0.70 gone" in figure.alt
+    fills = {tuple(line.get_xdata()): line.get_markerfacecolor() for line in figure.axes[0].lines}
+    assert fills[(0.8,)] == "white" != fills[(0.9,)]
+    assert base64.b64decode(figure._repr_mimebundle_()[0]["image/png"])[:4] == b"\x89PNG"
