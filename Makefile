@@ -9,7 +9,7 @@ EXECUTE = $(PY) -m nbconvert --log-level=ERROR --execute --ExecutePreprocessor.t
 ROOT_TOO = $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one often is
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test colab quick run notebooks lint format wheel clean
+.PHONY: help lab test colab quick run notebooks badges lint format wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ run: $(STAMP)  ## execute every notebook into a web page in build/
 notebooks: $(STAMP)  ## execute every notebook in place, to refresh the outputs we commit
 	$(EXECUTE) --to notebook --inplace $(NOTEBOOKS)
 	@$(PY) tools/notebooks.py $(NOTEBOOKS)
+
+badges: $(STAMP)  ## stamp the repository's address (pyproject.toml) into the notebooks' setup cells
+	@$(PY) tools/badges.py
 
 lint: $(STAMP)  ## style and formatting
 	@$(PY) -m ruff check --quiet

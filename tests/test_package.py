@@ -1,5 +1,6 @@
 """The files around the library: pins, notebooks as committed, data, the wheel."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import badges  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WEIGHTS = [p for p in (ROOT / "data").rglob("*.safetensors") if ".training" not in p.parts]
@@ -135,6 +139,19 @@ def test_notebook_outputs_name_no_machine(path):
 )
 def test_machine_path_pattern(text, found):
     assert bool(MACHINE_PATH.search(text)) is found
+
+
+@each_notebook
+def test_setup_cells_are_stamped(path):
+    committed = nbformat.read(path, as_version=4)
+    stamped = badges.stamp(copy.deepcopy(committed), badges.repository(), path.name)
+    assert committed == stamped, "run `make badges`"
+    there = badges.stamp(copy.deepcopy(committed), "https://github.com/ada/duge-lite.git", path.name)
+    link = f"(https://colab.research.google.com/github/ada/duge-lite/blob/main/notebooks/{path.name})"
+    install = "%pip install -q --no-deps git+https://github.com/ada/duge-lite.git"
+    sources = [cell.source for cell in there.cells]
+    assert link in sources[1] and install in sources[2].split("\n    ")[1]
+    assert badges.stamp(there, badges.repository(), path.name) == committed, "and back again"
 
 
 @each_notebook
