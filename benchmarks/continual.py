@@ -10,8 +10,9 @@ on the same seeds, and the accuracy matrix becomes UA, IRA, CRA and their harmon
 say what accuracy does not see. Every request has half of the default budget (75 iterations, 64 pictures
 in the memory), the same for all methods, so that a cell takes a quarter of an hour on one core; the row
 "DUGE, full budget" says what the other half is worth. One line of json per cell; half-done sequences are
-kept in ``results/continual.work`` until their line is written. "all at once" has the budget of the whole sequence
-for one request; the oracle is a denoiser trained without all twelve, where there is one in ``data/``::
+kept in ``results/continual.work`` until their line is written. "all at once" has the budget of the whole
+sequence for one request; the oracle is a denoiser trained without all twelve, where there is one in
+``data/``::
 
     python -m duge_lite.doodles.train --name final --compile --without apple umbrella car sunglasses \\
         broccoli "traffic light" goldfish harp house broom neon mosaic
