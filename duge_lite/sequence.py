@@ -278,6 +278,9 @@ def _open(
         save_file({n: w.contiguous() for n, w in base.items()}, folder / "base.safetensors")
         (folder / "sequence.json").write_text(json.dumps(about, indent=1))  # last: it says that all is there
         return base
-    if json.loads((folder / "sequence.json").read_text()) != about:
+    stored = json.loads((folder / "sequence.json").read_text())
+    known = UnlearnConfig.from_json(json.dumps(stored["config"]))  # a later version may have more settings
+    stored["config"] = asdict(known)
+    if stored != about:
         raise ValueError(f"{folder} holds a sequence with other settings: choose another directory")
     return load_file(folder / "base.safetensors")

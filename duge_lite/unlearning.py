@@ -15,12 +15,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,6 +100,26 @@ def training(unet: torch.nn.Module, trained: dict[str, torch.nn.Parameter]) -> I
             p.data, p.grad = p.data.to(dtype), None
         for p, flag in flags.items():
             p.requires_grad_(flag)
+
+
+@contextmanager
+def sparing(pipe: StableDiffusionPipeline) -> Iterator[Callable[[], None]]:
+    """Recomputes activations of the UNet, and keeps the pipeline's other models off its device.
+
+    Those come back when they are used; what is yielded sends them away again. Afterwards all is as before.
+    """
+    unet, recomputes = pipe.unet, pipe.unet.is_gradient_checkpointing
+    models = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module) and m is not unet]
+    homes = {m: m.device for m in models}
+    try:
+        unet.enable_gradient_checkpointing()
+        hooks = [cpu_offload_with_hook(m, unet.device)[1] for m in homes]
+        yield lambda: [hook.offload() for hook in hooks]
+    finally:
+        for m, home in homes.items():
+            remove_hook_from_module(m).to(home)
+        if not recomputes:
+            unet.disable_gradient_checkpointing()
 
 
 def _importance(
@@ -273,7 +295,8 @@ def unlearn_steps(
     weights = (config.lambda_attention, config.lambda_prior, config.lambda_regularization)
 
     step = 0
-    with training(unet, trained):
+    spare = sparing(pipe) if config.low_memory else nullcontext(lambda: None)
+    with training(unet, trained), spare as send_away:
         start = {name: p.detach().cpu().clone() for name, p in trained.items()}  # exact, off the device
         pulls = start if base is None or config.anchor == "previous" else base
         anchor = {n: v.to(device, torch.float16) for n, v in pulls.items()}  # all that is kept on the device
@@ -326,12 +349,13 @@ def unlearn_steps(
                 values = [float(v.detach()) for v in (loss, *losses.values())]
                 with swapped(trained, {name: p.data.to(stored) for name, p in trained.items()}):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
+                send_away()
         except torch.OutOfMemoryError as error:
             put_back()
             raise OutOfMemoryError(
                 f"{device} ran out of memory at iteration {step}; the weights are back as they were. Lower "
                 f"batch_size (now {config.batch_size}) and memory_batch_size "
-                f"(now {config.memory_batch_size}), call pipe.unet.enable_gradient_checkpointing(), or train "
+                f"(now {config.memory_batch_size}), set low_memory=True (now {config.low_memory}), or train "
                 f'less with train="kv" or train="lora" (now "{config.train}").'
             ) from error
 
