@@ -250,7 +250,7 @@ def batch_losses(
 def unlearn_steps(
     pipe: StableDiffusionPipeline,
     concept: str,
-    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    config: UnlearnConfig | None = None,
     memory: Pictures | None = None,
     objective: Objective = DUGE,
     base: Mapping[str, Tensor] | None = None,
@@ -258,16 +258,18 @@ def unlearn_steps(
 ) -> Iterator[UnlearnState]:
     """Forgets ``concept`` (an object or a style) in place, yielding a state after each iteration.
 
-    Stopping early (``break``) keeps what was learned so far. ``memory`` defaults to pictures of the
-    card's other concepts, drawn by the pipeline itself. After other requests (see
-    :func:`duge_lite.sequence.unlearn_sequence`) ``base`` holds the trained tensors of the model before the
-    first of them, and ``earlier`` their concepts. Between two states the pipeline can be used.
+    Stopping early (``break``) keeps what was learned so far. ``config`` defaults to that of the model's card,
+    ``memory`` to pictures of the card's other concepts, drawn by the pipeline itself. After other requests
+    (see :func:`duge_lite.sequence.unlearn_sequence`) ``base`` holds the trained tensors of the model before
+    the first of them, and ``earlier`` their concepts. Between two states the pipeline can be used; with
+    ``low_memory`` its text encoder and autoencoder then come to the device by themselves, for that long.
 
     Raises UnknownConceptError for a concept that the model's card does not list, ValueError for a memory
     that is empty or shows what is to go, DivergedError when a loss is no longer finite, OutOfMemoryError when
     the device's memory is too small; after the last two the weights are put back as they were.
     """
     card = model_card(pipe)
+    config = config or card.config()
     prompts, others = _questions(card, concept, earlier, objective, config)
     if memory is not None:
         check_memory(card, memory, [*earlier, concept])
@@ -490,7 +492,7 @@ class UnlearningRun:
 def unlearn(
     pipe: StableDiffusionPipeline,
     concept: str,
-    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    config: UnlearnConfig | None = None,
     memory: Pictures | None = None,
     on_step: Callable[[UnlearnState], None] | None = None,
     progress: bool = True,
@@ -505,6 +507,7 @@ def unlearn(
     were. For the other arguments and the errors see :func:`unlearn_steps`.
     """
     started = time.perf_counter()
+    config = config or model_card(pipe).config()
     model_card(pipe).check(concept)
     trained = trainable_parameters(pipe.unet, config)
     before = {n: p.detach().cpu().clone() for n, p in trained.items()}

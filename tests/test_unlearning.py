@@ -343,6 +343,14 @@ def test_states_come_one_by_one(tiny_pipe, tiny_memory):
     assert [(s.step, s.iterations) for s in states] == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_the_card_sets_the_sizes(tiny_pipe, tiny_memory, monkeypatch):
+    settings = {name: value for name, value in dataclasses.asdict(TINY).items() if name != "iterations"}
+    card = dataclasses.replace(model_card(tiny_pipe), settings=settings | {"iterations": 1})
+    monkeypatch.setattr(duge.unlearning, "model_card", lambda pipe: card)
+    run = unlearn(tiny_pipe, "apple", memory=tiny_memory, progress=False)
+    assert run.config == tiny(iterations=1) and len(run.history) == 1
+
+
 def test_on_step_sees_what_the_history_keeps(forget):
     seen = []
     run = forget(on_step=seen.append, iterations=3)
