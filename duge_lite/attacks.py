@@ -135,7 +135,8 @@ def encode_pictures(
 ) -> Pictures:
     """Anybody's pictures, with a prompt each, as the pipeline's latents: what an attacker brings along."""
     pixels = pipe.image_processor.preprocess(list(images)).to(pipe.vae.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    parts = [pipe.vae.encode(p).latent_dist.mean for p in pixels.split(model_card(pipe).batch_size)]
+    latents = torch.cat(parts) * pipe.vae.config.scaling_factor
     return Pictures(latents.float().cpu(), encode_prompts(pipe, prompts), tuple(prompts))
 
 

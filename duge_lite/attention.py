@@ -154,7 +154,8 @@ class _ExplicitAttention:
             key = attn.norm_k(key)
 
         # In 32 bits, as the fused kernel does inside: 16-bit scores overflow in some models.
-        scores = (query.float() * attn.scale) @ key.float().transpose(-1, -2)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = (query.float() * attn.scale) @ key.float().transpose(-1, -2)
         if attention_mask is not None:
             mask = attn.prepare_attention_mask(attention_mask, key.shape[-2], query.shape[0])
             scores = scores + mask.unflatten(0, (-1, attn.heads))

@@ -153,27 +153,31 @@ class Noised:
         generator: torch.Generator,
     ) -> Noised:
         """``count`` moments of the pipeline's drawing of ``prompts``: x_t as the sampler meets it."""
-        card, seen, times = model_card(pipe), [], []
+        card, seen, drawn = model_card(pipe), [], []
 
         def keep(pipe: StableDiffusionPipeline, i: int, t: Tensor, kept: dict) -> dict:
             if i + 1 < len(pipe.scheduler.timesteps):  # after the last step there is no noise left
                 seen.append(kept["latents"].float().cpu())
-                times.append(int(pipe.scheduler.timesteps[i + 1]))
             return kept
 
-        pipe(
-            list(prompts),
-            num_inference_steps=card.sampling_steps,
-            guidance_scale=card.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-            output_type="latent",
-            callback_on_step_end=keep,
-        )
+        for start in range(0, len(prompts), card.batch_size):
+            part = list(prompts[start : start + card.batch_size])
+            pipe(
+                part,
+                num_inference_steps=card.sampling_steps,
+                guidance_scale=card.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
+                output_type="latent",
+                callback_on_step_end=keep,
+            )
+            drawn.append(torch.stack(seen, 1))  # (m, steps, 4, h, w)
+            seen.clear()
+        times = pipe.scheduler.timesteps[1:].long().cpu()
         index = torch.arange(count) % len(prompts)
         when = torch.randint(len(times), (count,), generator=generator)
-        noisy = torch.stack(seen)[when, index]  # (steps, m, 4, h, w) -> (n, 4, h, w)
+        noisy = torch.cat(drawn)[index, when]  # (n, 4, h, w)
         text = encode_prompts(pipe, prompts)[index]
-        return cls(noisy, torch.tensor(times)[when], text, torch.zeros_like(noisy), index)
+        return cls(noisy, times[when], text, torch.zeros_like(noisy), index)
 
 
 # ---------------------------------------------------------------------------- what forgetting asks for
@@ -287,7 +291,8 @@ def ask_about_concept(
     unet: torch.nn.Module, asked: Noised, other: Tensor, objective: Objective, config: UnlearnConfig
 ) -> Lessons:
     """The reference's answers about the concept; ``other`` (n, T, D) is the text that it is asked instead."""
-    wanted, size = [], config.batch_size
+    answers: tuple[Tensor, ...] = ()
+    size = config.batch_size
     for i in range(0, len(asked.noisy), size):
         part = slice(i, i + size)
         twice = (torch.cat([x[part]] * 2).to(unet.device) for x in (asked.noisy, asked.timesteps))
@@ -297,8 +302,11 @@ def ask_about_concept(
         half = len(frozen) // 2
         concept, instead = (passed(frozen, record, s) for s in (slice(half), slice(half, None)))
         targets = objective.target(concept, instead, asked.truth[part].to(unet.device), config)
-        wanted.append([target.cpu() for target in targets])
-    answers = tuple(torch.cat(parts) for parts in zip(*wanted, strict=True))
+        if not answers:  # filled in place, in the model's precision: together they are large
+            shapes = [(len(asked.noisy), *target.shape[1:]) for target in targets]
+            answers = tuple(torch.empty(shape, dtype=frozen.dtype) for shape in shapes)
+        for answer, target in zip(answers, targets, strict=True):
+            answer[part] = target
     return Lessons(asked.noisy, asked.timesteps, asked.encoder_hidden_states, answers)
 
 

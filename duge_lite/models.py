@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from .config import UnlearnConfig
 from .doodles import captions
 from .doodles.draw import STYLES
 from .errors import ModelNotFoundError, UnknownConceptError
@@ -63,7 +64,8 @@ def load_pipeline(
         model: ``"doodle"`` (shipped with this package), a local diffusers folder, or a hub id such as
             ``"CompVis/stable-diffusion-v1-4"``.
         device: default CUDA, else MPS, else CPU.
-        dtype: default 16 bits on CUDA, 32 bits elsewhere.
+        dtype: default 16 bits on CUDA, 32 bits elsewhere. A pipeline in float16 keeps its autoencoder in 32
+            bits: that one overflows, and a black picture looks like a concept well forgotten.
 
     Raises ModelNotFoundError when a folder is missing or broken, or the hub is out of reach.
     Only safetensors are read; pickled weights are refused.
@@ -87,7 +89,7 @@ def load_pipeline(
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             pipe = StableDiffusionPipeline.from_pretrained(
                 str(source.expanduser()) if looks_local else str(model),
-                torch_dtype=dtype,
+                torch_dtype={"default": dtype, "vae": torch.float32 if dtype == torch.float16 else dtype},
                 use_safetensors=True,
                 safety_checker=None,
                 requires_safety_checker=False,
@@ -102,6 +104,9 @@ def load_pipeline(
             why = f"could not load {str(model)!r} from the hub"
             advice = 'Check the name and the network, or stay offline with load_pipeline("doodle").'
         raise ModelNotFoundError(f"{why} ({_first_line(error)}). {advice}") from error
+    if pipe.vae.dtype != dtype:  # diffusers hands it latents in the denoiser's precision
+        first = pipe.vae.post_quant_conv
+        first.register_forward_pre_hook(lambda conv, args: (args[0].to(conv.weight.dtype),))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -121,7 +126,7 @@ def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionP
     with warnings.catch_warnings():  # as in load_pipeline
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=pipe.unet.dtype)
-    parts = pipe.components | {"unet": unet.to(pipe.device).eval()}
+    parts = pipe.components | {"unet": unet.to(pipe.unet.device).eval()}
     oracle = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     oracle.set_progress_bar_config(disable=True)
     return oracle
@@ -148,6 +153,8 @@ class ModelCard:
         judge: the image classifier that names its pictures: "doodle" or a hub id.
         clip: the CLIP that scores how well a picture fits its prompt: "doodle" or a hub id.
         open_choice: whether the judge may say anything that it knows, or only what the card lists.
+        batch_size: how many pictures are drawn at once.
+        settings: of :class:`~duge_lite.config.UnlearnConfig`, what this model needs otherwise.
     """
 
     name: str
@@ -163,6 +170,12 @@ class ModelCard:
     judge: str
     clip: str
     open_choice: bool = False
+    batch_size: int = 32
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def config(self, **changes: object) -> UnlearnConfig:
+        """Settings for this model to forget with, and the changes to them."""
+        return UnlearnConfig(**(self.settings | changes))
 
     @classmethod
     def read(cls, name: str, file: str, styles: tuple[str, ...], **settings: object) -> ModelCard:
@@ -232,7 +245,11 @@ def model_card(pipe: StableDiffusionPipeline) -> ModelCard:
         how = {"guidance_scale": 4.0, "steps": 20, "sampling_steps": 10}
         return ModelCard.read("doodle", "doodle-20.csv", STYLES, judge="doodle", clip="doodle", **how)
     how = {"guidance_scale": 8.0, "steps": 50, "sampling_steps": 25, "open_choice": True}
-    how |= {"judge": "microsoft/resnet-50", "clip": "openai/clip-vit-large-patch14"}
+    how |= {"judge": "microsoft/resnet-50", "clip": "openai/clip-vit-large-patch14", "batch_size": 4}
+    # Ours, untested on real weights: a request is to take minutes on a T4. benchmarks/gpu.py says what fits:
+    # a lesson of 16 layers' outputs takes 23 MB of main memory in 16 bits, 46 MB in 32.
+    sizes = {"batch_size": 2, "memory_batch_size": 2, "target_size": 8, "memory_size": 40, "lessons": 64}
+    how["settings"] = sizes | {"iterations": 100, "lr": 2e-5}
     return ModelCard.read("stable-diffusion", "dec-imagenet-20.csv", ("photo",), **how)
 
 
@@ -242,7 +259,7 @@ def sample(
     seed: int | Sequence[int] = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     latents: bool = False,
 ) -> list[Image.Image] | torch.Tensor:
     """Pictures for ``prompts``; picture i starts from noise of seed ``seed + i``, or of its own ``seed[i]``.
@@ -250,9 +267,10 @@ def sample(
     The noise does not depend on the batch size.
 
     Returns a list of PIL images, or with ``latents=True`` the scaled latents (n, 4, h, w) on the CPU.
-    ``steps`` and ``guidance_scale`` default to those of the model's card.
+    ``steps``, ``guidance_scale`` and ``batch_size`` default to those of the model's card.
     """
     card = model_card(pipe)
+    batch_size = batch_size or card.batch_size
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [int(seed) + i for i in range(len(texts))] if isinstance(seed, Integral) else list(seed)
     if len(seeds) != len(texts):

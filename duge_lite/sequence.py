@@ -170,7 +170,7 @@ class UnlearningSequence:
 def sequence_steps(
     pipe: StableDiffusionPipeline,
     concepts: Sequence[str],
-    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    config: UnlearnConfig | None = None,
     directory: str | Path | None = None,
     objective: Objective = DUGE,
     on_step: Callable[[UnlearnState], None] | None = None,
@@ -193,6 +193,7 @@ def sequence_steps(
     when the disk is full: the unfinished request is taken back, the finished ones stay.
     """
     card = model_card(pipe)
+    config = config or card.config()
     for concept in concepts:
         card.check(concept)
     if len(set(concepts)) != len(concepts):
@@ -254,7 +255,7 @@ def sequence_steps(
 def unlearn_sequence(
     pipe: StableDiffusionPipeline,
     concepts: Sequence[str],
-    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    config: UnlearnConfig | None = None,
     directory: str | Path | None = None,
     objective: Objective = DUGE,
     on_step: Callable[[UnlearnState], None] | None = None,
@@ -278,6 +279,9 @@ def _open(
         save_file({n: w.contiguous() for n, w in base.items()}, folder / "base.safetensors")
         (folder / "sequence.json").write_text(json.dumps(about, indent=1))  # last: it says that all is there
         return base
-    if json.loads((folder / "sequence.json").read_text()) != about:
+    stored = json.loads((folder / "sequence.json").read_text())
+    known = UnlearnConfig.from_json(json.dumps(stored["config"]))  # a later version may have more settings
+    stored["config"] = asdict(known)
+    if stored != about:
         raise ValueError(f"{folder} holds a sequence with other settings: choose another directory")
     return load_file(folder / "base.safetensors")

@@ -334,7 +334,7 @@ def _show(image: widgets.Image, figure: Plot) -> None:
 
 def unlearning_studio(
     pipe: StableDiffusionPipeline,
-    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    config: UnlearnConfig | None = None,
     seed: int = 0,
     judge: Judge | None = None,
 ) -> UnlearningStudio:
@@ -342,7 +342,8 @@ def unlearning_studio(
 
     Args:
         pipe: the pipeline that forgets, in place. Every run starts from what it is by then.
-        config: what the controls say at first, and all that they do not show.
+        config: what the controls say at first, and all that they do not show; by default that of the model's
+            card.
         seed: of the previews: the first one's. Before and after are always drawn from the same seeds.
         judge: says in how many previews it finds the concept; by default the shipped judge for the doodle
             model, and nobody for other models.
@@ -354,4 +355,4 @@ def unlearning_studio(
     thread tells a widget; there a run keeps the kernel busy, and "Interrupt execution" takes the place of
     *Stop*. Errors appear in the app as one sentence; the exception itself is in ``.error``.
     """
-    return UnlearningStudio(pipe, config, seed, judge)
+    return UnlearningStudio(pipe, config or model_card(pipe).config(), seed, judge)

@@ -15,12 +15,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,6 +100,26 @@ def training(unet: torch.nn.Module, trained: dict[str, torch.nn.Parameter]) -> I
             p.data, p.grad = p.data.to(dtype), None
         for p, flag in flags.items():
             p.requires_grad_(flag)
+
+
+@contextmanager
+def sparing(pipe: StableDiffusionPipeline) -> Iterator[Callable[[], None]]:
+    """Recomputes activations of the UNet, and keeps the pipeline's other models off its device.
+
+    Those come back when they are used; what is yielded sends them away again. Afterwards all is as before.
+    """
+    unet, recomputes = pipe.unet, pipe.unet.is_gradient_checkpointing
+    models = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module) and m is not unet]
+    homes = {m: m.device for m in models}
+    try:
+        unet.enable_gradient_checkpointing()
+        hooks = [cpu_offload_with_hook(m, unet.device)[1] for m in homes]
+        yield lambda: [hook.offload() for hook in hooks]
+    finally:
+        for m, home in homes.items():
+            remove_hook_from_module(m).to(home)
+        if not recomputes:
+            unet.disable_gradient_checkpointing()
 
 
 def _importance(
@@ -228,7 +250,7 @@ def batch_losses(
 def unlearn_steps(
     pipe: StableDiffusionPipeline,
     concept: str,
-    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    config: UnlearnConfig | None = None,
     memory: Pictures | None = None,
     objective: Objective = DUGE,
     base: Mapping[str, Tensor] | None = None,
@@ -236,16 +258,18 @@ def unlearn_steps(
 ) -> Iterator[UnlearnState]:
     """Forgets ``concept`` (an object or a style) in place, yielding a state after each iteration.
 
-    Stopping early (``break``) keeps what was learned so far. ``memory`` defaults to pictures of the
-    card's other concepts, drawn by the pipeline itself. After other requests (see
-    :func:`duge_lite.sequence.unlearn_sequence`) ``base`` holds the trained tensors of the model before the
-    first of them, and ``earlier`` their concepts. Between two states the pipeline can be used.
+    Stopping early (``break``) keeps what was learned so far. ``config`` defaults to that of the model's card,
+    ``memory`` to pictures of the card's other concepts, drawn by the pipeline itself. After other requests
+    (see :func:`duge_lite.sequence.unlearn_sequence`) ``base`` holds the trained tensors of the model before
+    the first of them, and ``earlier`` their concepts. Between two states the pipeline can be used; with
+    ``low_memory`` its text encoder and autoencoder then come to the device by themselves, for that long.
 
     Raises UnknownConceptError for a concept that the model's card does not list, ValueError for a memory
     that is empty or shows what is to go, DivergedError when a loss is no longer finite, OutOfMemoryError when
     the device's memory is too small; after the last two the weights are put back as they were.
     """
     card = model_card(pipe)
+    config = config or card.config()
     prompts, others = _questions(card, concept, earlier, objective, config)
     if memory is not None:
         check_memory(card, memory, [*earlier, concept])
@@ -273,7 +297,8 @@ def unlearn_steps(
     weights = (config.lambda_attention, config.lambda_prior, config.lambda_regularization)
 
     step = 0
-    with training(unet, trained):
+    spare = sparing(pipe) if config.low_memory else nullcontext(lambda: None)
+    with training(unet, trained), spare as send_away:
         start = {name: p.detach().cpu().clone() for name, p in trained.items()}  # exact, off the device
         pulls = start if base is None or config.anchor == "previous" else base
         anchor = {n: v.to(device, torch.float16) for n, v in pulls.items()}  # all that is kept on the device
@@ -326,12 +351,13 @@ def unlearn_steps(
                 values = [float(v.detach()) for v in (loss, *losses.values())]
                 with swapped(trained, {name: p.data.to(stored) for name, p in trained.items()}):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
+                send_away()
         except torch.OutOfMemoryError as error:
             put_back()
             raise OutOfMemoryError(
                 f"{device} ran out of memory at iteration {step}; the weights are back as they were. Lower "
                 f"batch_size (now {config.batch_size}) and memory_batch_size "
-                f"(now {config.memory_batch_size}), call pipe.unet.enable_gradient_checkpointing(), or train "
+                f"(now {config.memory_batch_size}), set low_memory=True (now {config.low_memory}), or train "
                 f'less with train="kv" or train="lora" (now "{config.train}").'
             ) from error
 
@@ -466,7 +492,7 @@ class UnlearningRun:
 def unlearn(
     pipe: StableDiffusionPipeline,
     concept: str,
-    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    config: UnlearnConfig | None = None,
     memory: Pictures | None = None,
     on_step: Callable[[UnlearnState], None] | None = None,
     progress: bool = True,
@@ -481,6 +507,7 @@ def unlearn(
     were. For the other arguments and the errors see :func:`unlearn_steps`.
     """
     started = time.perf_counter()
+    config = config or model_card(pipe).config()
     model_card(pipe).check(concept)
     trained = trainable_parameters(pipe.unet, config)
     before = {n: p.detach().cpu().clone() for n, p in trained.items()}

@@ -47,7 +47,7 @@ class LiveLosses:
 def before_and_after(
     pipe: StableDiffusionPipeline,
     concept: str,
-    config: UnlearnConfig = UnlearnConfig(),  # noqa: B008 (frozen)
+    config: UnlearnConfig | None = None,
     bystanders: tuple[str, ...] | None = None,
     seed: int = 0,
     on_step: Callable[[UnlearnState], None] | None = None,

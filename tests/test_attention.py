@@ -418,6 +418,15 @@ def test_sixteen_bits(clip_tokenizer, dtype):
         np.testing.assert_allclose(maps.astype(np.float32).sum(axis=1), 1, atol=5e-3)
 
 
+def test_maps_stay_in_32_bits_under_autocast(pipe):
+    """Autocast would multiply queries and keys in 16 bits, whatever they are."""
+    with torch.autocast("cpu", torch.bfloat16), duge.record_attention(pipe.unet) as record:
+        forward(pipe.unet)
+    assert {p.dtype for p in record.probs.values()} == {torch.float32}
+    sums = torch.cat([p.sum(-1).flatten() for p in record.probs.values()])
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
 def test_large_scores_in_half_precision_stay_finite(pipes):
     unet = make_unet_with_large_scores(pipes["sd1"].unet)
     with torch.no_grad(), record_attention(unet) as record:

@@ -1,6 +1,8 @@
 """Where pipelines come from, how they fail, and how they sample."""
 
 import copy
+import dataclasses
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -13,8 +15,10 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import duge_lite as duge
+from duge_lite.attacks import encode_pictures
 from duge_lite.doodles import OBJECTS, STYLES, captions
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
+from duge_lite.lessons import Noised
 from duge_lite.models import data_dir, default_device, default_dtype, model_card
 
 
@@ -66,6 +70,40 @@ def test_device_and_precision_by_default():
     assert default_dtype(torch.device("cpu")) == default_dtype(torch.device("mps")) == torch.float32
     assert default_device().type == ("cuda" if torch.cuda.is_available() else default_device().type)
     assert torch.zeros(1, device=default_device()).sum() == 0  # it works
+
+
+def test_a_half_pipeline_decodes_in_32_bits(saved, tiny_master):
+    """What overflows in 16 bits comes out black, which looks like a concept well forgotten."""
+    pipe = duge.load_pipeline(saved, device="cpu", dtype=torch.float16)
+    assert (pipe.unet.dtype, pipe.text_encoder.dtype) == (torch.float16, torch.float16)
+    assert same_weights(pipe.vae, tiny_master.vae)
+    plain = copy.deepcopy(tiny_master.vae).half()
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    with torch.no_grad():
+        assert torch.equal(pipe.vae.decode(latents).sample, tiny_master.vae.decode(latents.float()).sample)
+        for vae in (plain, pipe.vae):
+            vae.decoder.conv_in.weight.mul_(1e5)
+        assert not plain.decode(latents).sample.isfinite().any()
+        assert pipe.vae.decode(latents).sample.isfinite().all()
+
+
+@pytest.mark.slow  # few processors multiply 16-bit floats quickly
+def test_a_half_pipeline_draws_and_reads_the_same_pictures(saved, tiny_master):
+    half = duge.load_pipeline(saved, device="cpu", dtype=torch.float16)
+    prompt = "a photo of a car"
+    drawn, full = (np.asarray(duge.sample(p, prompt, steps=2)[0], float) for p in (half, tiny_master))
+    assert np.abs(drawn - full).mean() < 2 and full.std() > 5
+    trace = duge.trace(half, prompt, steps=2, previews=True)
+    assert np.abs(np.asarray(trace.previews[-1], float) - full).mean() < 2
+    (read, known) = (encode_pictures(p, trace.previews, [prompt] * 2).latents for p in (half, tiny_master))
+    torch.testing.assert_close(read, known)
+
+
+def test_nothing_asks_for_cuda_by_name():
+    """A device is chosen in one place: default_device()."""
+    root = Path(duge.__file__).parent
+    for file in [*root.rglob("*.py"), *root.parent.glob("benchmarks/*.py")]:
+        assert not re.search(r"\.cuda\(\)|to\([\"']cuda", file.read_text("utf-8")), file
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no-such-folder", Path("a/b/c")])
@@ -152,6 +190,7 @@ def test_the_card_of_the_doodle_model(tiny_master):
     assert sorted(card.order) == sorted(OBJECTS) and card.order[:2] == ("apple", "broccoli")
     assert card.plain == {c: captions.prompt(c) for c in OBJECTS}
     assert card.labels == {c: (c,) for c in OBJECTS + STYLES}
+    assert card.config() == duge.UnlearnConfig() and card.config(lr=0.5) == duge.UnlearnConfig(lr=0.5)
     assert card.prompt("apple") == "a photo of an apple"
     assert card.prompts("apple")[1:3] == ["a sketch of an apple", "a neon sign of an apple"]
     assert card.check("apple") == "apple"
@@ -159,14 +198,18 @@ def test_the_card_of_the_doodle_model(tiny_master):
         card.check("brocoli")
 
 
-def test_the_card_of_another_stable_diffusion(tiny_master):
-    """The text width of SD 1.x and CLIP's 77 tokens, random weights."""
+@pytest.fixture
+def other(tiny_master) -> StableDiffusionPipeline:
+    """Another Stable Diffusion: the text width of SD 1.x and CLIP's 77 tokens, random weights."""
     config = {**tiny_master.unet.config, "cross_attention_dim": 768}
-    tokenizer = copy.deepcopy(tiny_master.tokenizer)
-    tokenizer.model_max_length = 77
     pipe = copy.copy(tiny_master)
-    pipe.unet, pipe.tokenizer = type(tiny_master.unet).from_config(config), tokenizer
-    card = model_card(pipe)
+    pipe.unet, pipe.tokenizer = type(tiny_master.unet).from_config(config), copy.deepcopy(pipe.tokenizer)
+    pipe.tokenizer.model_max_length = 77
+    return pipe
+
+
+def test_the_card_of_another_stable_diffusion(other):
+    card = model_card(other)
     assert card.name == "stable-diffusion" and card.styles == ("photo",)
     assert (card.guidance_scale, card.steps) == (8.0, 50)
     assert len(card.concepts) == len(set(card.concepts)) == 21
@@ -181,6 +224,13 @@ def test_the_card_of_another_stable_diffusion(tiny_master):
     assert known == set(card.concepts) - {"Eiffel Tower", "girl", "fruit"}  # ImageNet has none of these
     with pytest.raises(UnknownConceptError):
         card.check("mushroom")
+    config = card.config(low_memory=True, memory_batch_size=1)
+    assert (config.batch_size, config.memory_batch_size, config.low_memory) == (2, 1, True)
+    assert config.lr < 1e-4 and config.lr == card.config().lr
+    places = {320: 5 * 64**2, 640: 5 * 32**2, 1280: 5 * 16**2 + 8**2}  # of the 16 layers at 512 px, by width
+    outputs = sum(width * count for width, count in places.items())  # numbers in a lesson
+    maps = 8 * 77 * sum(places.values())
+    assert config.lessons * outputs * 4 < 4e9 and config.lessons * maps * 2 < 4e9  # bytes of main memory
 
 
 def test_the_oracle_fits_into_the_pipeline(doodle_master, recwarn):
@@ -248,25 +298,42 @@ def test_seeds(tiny_master):
         latents(tiny_master, seed=[1, 2])
 
 
+def test_half_drawn_pictures_come_in_parts(tiny_master, monkeypatch):
+    """As many at once as the card says: the same moments of the same drawings."""
+
+    def caught(size: int) -> Noised:
+        card = dataclasses.replace(model_card(tiny_master), batch_size=size)
+        monkeypatch.setattr(duge.lessons, "model_card", lambda pipe: card)
+        return Noised.half_drawn(tiny_master, PROMPTS[:3], 12, 7, torch.Generator().manual_seed(0))
+
+    whole, parts = caught(32), caught(2)
+    for name in ("timesteps", "index", "encoder_hidden_states"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name))
+    torch.testing.assert_close(parts.noisy, whole.noisy, atol=1e-4, rtol=1e-4)
+
+
 def test_sampling_leaves_global_random_state_alone(tiny_master):
     before = torch.get_rng_state()
     latents(tiny_master)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_steps_and_guidance_default_to_the_card(tiny_master, monkeypatch):
+def test_steps_guidance_and_batches_default_to_the_card(tiny_master, other):
     seen = []
 
     class Spy:
-        unet, tokenizer = tiny_master.unet, tiny_master.tokenizer
+        def __init__(self, pipe):
+            self.unet, self.tokenizer = pipe.unet, pipe.tokenizer
 
         def __call__(self, prompts, **settings):
-            seen.append((settings["num_inference_steps"], settings["guidance_scale"]))
+            seen.append((settings["num_inference_steps"], settings["guidance_scale"], len(prompts)))
             return type("Result", (), {"images": [None] * len(prompts)})
 
-    duge.sample(Spy(), PROMPTS)
-    duge.sample(Spy(), PROMPTS, steps=5, guidance_scale=0.0)
-    assert seen == [(20, 4.0), (5, 0.0)]
+    duge.sample(Spy(tiny_master), PROMPTS * 2)
+    duge.sample(Spy(tiny_master), PROMPTS, steps=5, guidance_scale=0.0)
+    duge.sample(Spy(other), PROMPTS + PROMPTS[:1])
+    duge.sample(Spy(other), PROMPTS, batch_size=3)
+    assert seen == [(20, 4.0, 8), (5, 0.0, 4), (50, 8.0, 4), (50, 8.0, 1), (50, 8.0, 3), (50, 8.0, 1)]
 
 
 # The shipped model

@@ -1,6 +1,7 @@
 """One concept after another: what each request starts from, what is on disk, and how it goes on."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import random
@@ -251,6 +252,10 @@ def test_errors_teach_before_anything_is_done(tiny_pipe, tmp_path):
         forget(tiny_pipe, ("car",), dataclasses.replace(TINY, lr=0.5), directory=tmp_path)
     with pytest.raises(ValueError, match="holds another sequence: step_01_car instead of step_01_apple"):
         forget(tiny_pipe, ("apple",), directory=tmp_path)
+    about = json.loads((tmp_path / "sequence.json").read_text())
+    del about["config"]["low_memory"]  # written before there was this setting
+    (tmp_path / "sequence.json").write_text(json.dumps(about))
+    forget(tiny_pipe, ("car",), directory=tmp_path)
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "run.json", "history.csv"])

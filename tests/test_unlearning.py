@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 from collections import Counter
 
 import pandas as pd
@@ -342,6 +343,14 @@ def test_states_come_one_by_one(tiny_pipe, tiny_memory):
     assert [(s.step, s.iterations) for s in states] == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_the_card_sets_the_sizes(tiny_pipe, tiny_memory, monkeypatch):
+    settings = {name: value for name, value in dataclasses.asdict(TINY).items() if name != "iterations"}
+    card = dataclasses.replace(model_card(tiny_pipe), settings=settings | {"iterations": 1})
+    monkeypatch.setattr(duge.unlearning, "model_card", lambda pipe: card)
+    run = unlearn(tiny_pipe, "apple", memory=tiny_memory, progress=False)
+    assert run.config == tiny(iterations=1) and len(run.history) == 1
+
+
 def test_on_step_sees_what_the_history_keeps(forget):
     seen = []
     run = forget(on_step=seen.append, iterations=3)
@@ -434,7 +443,7 @@ def test_out_of_memory_says_what_to_lower(tiny_pipe, tiny_memory):
         return learner.noise_pred.square().mean()
 
     objective = dataclasses.replace(DUGE, loss=loss)
-    match = r"cpu ran out of memory at iteration 3;.*batch_size \(now 2\).*enable_gradient_checkpointing"
+    match = r"cpu ran out of memory at iteration 3;.*batch_size \(now 2\).*low_memory=True"
     with pytest.raises(duge.errors.OutOfMemoryError, match=match):
         unlearn(tiny_pipe, "apple", tiny(iterations=5), tiny_memory, progress=False, objective=objective)
     assert not changed(tiny_pipe, before) and footprint(tiny_pipe) == state
@@ -640,6 +649,65 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_pipe, forget, ma
     pd.testing.assert_frame_equal(plain.history, again.history, rtol=1e-5)
     for name, p in tiny_pipe.unet.named_parameters():
         torch.testing.assert_close(p, learned[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"match": "probs", "measure_every": 1}, {"train": "lora"}])
+def test_low_memory_changes_no_result(tiny_pipe, forget, changes):
+    plain = forget(**changes)
+    learned = dict(tiny_pipe.unet.named_parameters())
+    learned = {name: p.detach().clone() for name, p in learned.items()}
+    plain.restore()
+    again = forget(low_memory=True, **changes)
+    pd.testing.assert_frame_equal(plain.history, again.history, rtol=1e-4)
+    for name, p in tiny_pipe.unet.named_parameters():
+        torch.testing.assert_close(p, learned[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("found", [False, True])
+@pytest.mark.parametrize("how", ["end", "break", "exception"])
+def test_low_memory_recomputes_offloads_and_tidies_up(tiny_pipe, tiny_memory, forget, how, found):
+    """In each iteration every block is computed twice, with its dropout off; then all is as it was."""
+    unet, idle = tiny_pipe.unet, (tiny_pipe.vae, tiny_pipe.text_encoder)
+    if found:
+        unet.enable_gradient_checkpointing()
+    state, passes = footprint(tiny_pipe), Counter()
+    counter = (
+        unet.up_blocks[0]
+        .resnets[0]
+        .register_forward_pre_hook(
+            lambda module, args: passes.update(["train" if module.training else torch.is_grad_enabled()])
+        )
+    )
+    steps = unlearn_steps(tiny_pipe, "apple", tiny(low_memory=True), tiny_memory)
+    for done, _ in enumerate(steps, 1):  # noqa: B007
+        assert all(hasattr(module, "_hf_hook") for module in idle)  # accelerate's: it would move the module
+        duge.sample(tiny_pipe, "a photo of a car", steps=2)
+        if how == "exception":
+            with pytest.raises(Stop):
+                steps.throw(Stop)
+        if how != "end":
+            break
+    steps.close()
+    counter.remove()
+    assert passes[True] == 2 * done and not passes["train"]
+    assert footprint(tiny_pipe) == state and unet.is_gradient_checkpointing == found
+    assert not any(hasattr(module, "_hf_hook") for module in idle)
+
+
+def test_no_second_denoiser_in_memory(tiny_pipe, tiny_memory, forget):
+    """Only what learns has copies: weights before, the start, the anchor."""
+    shape, kinds = tiny_pipe.unet.conv_in.weight.shape, (torch.Tensor, torch.nn.Parameter)
+
+    def count(step=None) -> None:
+        copies.append(sum(type(x) in kinds and x.shape == shape for x in gc.get_objects()))
+
+    copies: list[int] = []
+    gc.collect()
+    count()
+    forget(on_step=count)
+    assert copies == copies[:1] * 3
+    forget(on_step=count, train="full")
+    assert min(copies[3:]) > copies[0] + 1  # the counting counts
 
 
 # Low-rank updates
