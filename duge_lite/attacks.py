@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .doodles import captions
 from .errors import DivergedError
-from .evaluation import Judge, named_concepts, wilson_interval
+from .evaluation import Judge, check_countable, wilson_interval
 from .lessons import Lessons, Noised, Pictures, encode_prompts
 from .losses import prior_preservation_loss
 from .models import model_card, sample
@@ -45,19 +45,19 @@ def survey(
     Picture i of a group starts from the noise of ``seed + i``. ``options`` are those of
     :func:`duge_lite.sample`, but ``steps`` defaults to the card's for previews. Returns a row per picture:
     ``group``, ``prompt``, ``picture`` (PIL), ``named`` (the one concept, or style, that the judge decides
-    for) and ``seen`` (it shows ``concept``, whatever else it shows; a judge of an open choice, which gives
-    one label, sees what it names). Raises UnknownConceptError for a concept that the card does not list.
+    for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises UnknownConceptError for a concept
+    that the card does not list, ValueError for one that its judge does not know.
     """
     card = model_card(pipe)
-    is_style = card.check(concept) in card.styles
-    judge = judge or Judge.load(card.judge)
+    check_countable(card, concept)
+    judge = judge or Judge.load(card)
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in range(images)]
     frame = pd.DataFrame(rows, columns=["group", "prompt"])
     seeds = [seed + i for _ in prompts for i in range(images)]
     pictures = sample(pipe, list(frame.prompt), seeds, **{"steps": card.sampling_steps} | options)
     frame["picture"] = pd.Series(pictures, dtype=object)
-    frame["named"] = named_concepts(judge, pictures, card, is_style)
-    return frame.assign(seen=frame.named == concept if card.open_choice else judge.sees(pictures, concept))
+    frame["named"] = judge.names(pictures, card.styles if concept in card.styles else card.judged)
+    return frame.assign(seen=judge.sees(pictures, concept))
 
 
 def shares(survey: pd.DataFrame, concept: str, by: str | Sequence[str] = "group") -> pd.DataFrame:
@@ -171,7 +171,7 @@ def name_gain(
     diffusion classifier (Li et al., arXiv 2303.16203); the share is ours. Raises ValueError for a prompt
     without the name.
     """
-    texts = _reworded(pictures, f" of {captions.with_article(concept)}", "")
+    texts = _reworded(pictures, f" of {model_card(pipe).subject(concept)}", "")
     asked, errors = _noised(pipe, pictures, count, seed), []
     for states in (asked.encoder_hidden_states, encode_prompts(pipe, texts)[asked.index]):
         batches = (x.split(32) for x in (asked.noisy, asked.timesteps, states, asked.truth))
@@ -234,7 +234,7 @@ def invert_steps(
     the pictures' prompts name ``concept``. v begins at the mean of all embeddings, or of the words ``start``.
     Draw with it in :func:`new_word`. Raises ValueError for a prompt that does not name ``concept``.
     """
-    texts = _reworded(pictures, captions.with_article(concept), captions.with_article(PLACEHOLDER))
+    texts = _reworded(pictures, model_card(pipe).subject(concept), captions.with_article(PLACEHOLDER))
     table = pipe.text_encoder.get_input_embeddings().weight.detach().float()
     first = pipe.tokenizer(start, add_special_tokens=False).input_ids if start else slice(None)
     vector = table[first].mean(0).requires_grad_()

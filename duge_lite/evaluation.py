@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,10 @@ from transformers import (
 )
 
 from .errors import ModelNotFoundError, UnknownConceptError
-from .models import ModelCard, data_dir, model_card, sample
+from .models import ModelCard, data_dir, model_card, sample, trouble
+
+OTHER = "something else"
+"""What a judge with an open choice says of a picture that shows none of what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,26 @@ class Judge:
 
     The doodle judge is multi-label (objects, styles, backgrounds); it stands in for the ResNet-50
     of the paper's evaluation.
+
+    Attributes:
+        words: for each concept the labels that mean it; None where every label is a concept.
+        open_choice: whether it answers with one label out of all that it knows, as a ResNet-50 does.
     """
 
     model: ResNetForImageClassification
     processor: object
+    words: Mapping[str, Sequence[str]] | None = None
+    open_choice: bool = False
 
     @classmethod
-    def load(cls, source: str | Path = "doodle") -> Judge:
-        """The shipped doodle judge, or any image classifier in a local folder or on the hub.
+    def load(cls, source: str | Path | ModelCard = "doodle") -> Judge:
+        """The judge of a model's card, which knows its concepts by their names: ``Judge.load(card)``.
 
-        Raises ModelNotFoundError when it is missing.
+        Or the shipped doodle judge, or any image classifier in a local folder or on the hub, by its own
+        labels. Raises ModelNotFoundError when it is missing.
         """
+        if isinstance(source, ModelCard):
+            return replace(cls.load(source.judge), words=source.labels, open_choice=source.open_choice)
         folder = data_dir() / "doodle-judge" if str(source) == "doodle" else source
         try:
             model = ResNetForImageClassification.from_pretrained(
@@ -52,7 +64,7 @@ class Judge:
         except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
             raise ModelNotFoundError(
                 f"no judge at {folder}: expected an image classifier saved by `save_pretrained`, "
-                "as safetensors"
+                f"as safetensors{trouble(error, folder)}"
             ) from error
         return cls(model.eval(), processor)
 
@@ -79,26 +91,34 @@ class Judge:
         frame = pd.DataFrame(torch.cat(rows).numpy(), columns=self.labels)
         return frame if labels is None else frame[list(labels)]
 
+    def knows(self, concept: str) -> bool:
+        """Whether it has a label for ``concept``."""
+        return concept in (self.labels if self.words is None else self.words)
+
+    def _labels_of(self, concept: str) -> list[str]:
+        if not self.knows(concept):
+            known = self.labels if self.words is None else list(self.words)
+            raise UnknownConceptError(concept, known, what="label of this judge")
+        return [concept] if self.words is None else list(self.words[concept])
+
     def names(self, images: Sequence[Image.Image], among: Sequence[str]) -> list[str]:
-        """The likeliest of the labels ``among`` for each image."""
-        return self.scores(images, among).idxmax(axis=1).tolist()
+        """The likeliest of the concepts ``among`` for each image.
 
-    def sees(self, images: Sequence[Image.Image], label: str) -> np.ndarray:
-        """Whether each picture shows ``label``, whatever else it shows (probability above one half)."""
-        return (self.scores(images, [label])[label] > 0).to_numpy()
+        "something else" where the likeliest label belongs to none of them, which only an open choice allows.
+        Raises UnknownConceptError for a concept that it has no label for.
+        """
+        owner = {label: c for c in among for label in self._labels_of(c)}
+        scores = self.scores(images, self.labels if self.open_choice else list(owner))
+        return [owner.get(label, OTHER) for label in scores.idxmax(axis=1)]
 
+    def sees(self, images: Sequence[Image.Image], concept: str) -> np.ndarray:
+        """Whether each picture shows ``concept``, whatever else it shows (probability above one half).
 
-def named_concepts(
-    judge: Judge, images: Sequence[Image.Image], card: ModelCard, styles: bool = False
-) -> list[str | None]:
-    """Which of the card's concepts (or styles) each picture shows, by the judge's likeliest label.
-
-    None where that label belongs to no concept, which only an open choice allows.
-    """
-    among = card.styles if styles else card.concepts
-    owner = {label: c for c in among for label in card.labels.get(c, ())}
-    best = judge.names(images, judge.labels if card.open_choice else list(owner))
-    return [owner.get(label) for label in best]
+        A judge of an open choice gives one label: it sees what it names.
+        """
+        if self.open_choice:
+            return np.array(self.names(images, [concept])) == concept
+        return (self.scores(images, self._labels_of(concept)) > 0).any(axis=1).to_numpy()
 
 
 def wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -109,6 +129,12 @@ def wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, floa
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def check_countable(card: ModelCard, concept: str) -> None:
+    """Raises UnknownConceptError, or ValueError for a concept that the card's judge has no label for."""
+    if card.check(concept) not in card.labels:
+        raise ValueError(f"the judge {card.judge} has no label for {concept!r}: it cannot be counted")
 
 
 def evaluate(
@@ -127,7 +153,7 @@ def evaluate(
     objects in turn and named among the styles.
 
     Picture i of every concept starts from the same noise in every call, so that two models are compared
-    on the same seeds. ``concepts`` defaults to all objects that the judge knows.
+    on the same seeds. ``concepts`` defaults to all objects that the judge knows, ``judge`` to the card's.
 
     Returns a DataFrame indexed by concept: ``accuracy`` (share of pictures named right, among the card's
     concepts or styles, or among all that the judge knows if the card says so), ``low`` and ``high`` (95 %
@@ -135,11 +161,10 @@ def evaluate(
     a concept that the model's card does not list, ValueError for one that its judge does not know.
     """
     card = model_card(pipe)
-    concepts = [c for c in card.concepts if c in card.labels] if concepts is None else list(concepts)
+    concepts = list(card.judged if concepts is None else concepts)
     for concept in concepts:
-        if card.check(concept) not in card.labels:
-            raise ValueError(f"the judge {card.judge} has no label for {concept!r}: it cannot be counted")
-    judge = judge or Judge.load(card.judge)
+        check_countable(card, concept)
+    judge = judge or Judge.load(card)
 
     def asked(concept: str) -> list[str]:
         texts = card.prompts(concept) if concept in card.styles else [card.prompt(concept, style)]
@@ -152,12 +177,12 @@ def evaluate(
     for styles in (False, True):
         mine = [i for i in range(len(pictures)) if (concepts[i // images] in card.styles) == styles]
         if mine:
-            named[mine] = named_concepts(judge, [pictures[i] for i in mine], card, styles)
+            named[mine] = judge.names([pictures[i] for i in mine], card.styles if styles else card.judged)
     rows = []
     for concept, row in zip(concepts, named.reshape(len(concepts), images), strict=True):
         hits = int((row == concept).sum())
         low, high = wilson_interval(hits, images)
-        mostly = pd.Series(row).fillna("something else").mode()[0]
+        mostly = pd.Series(row).mode()[0]
         rows.append({"accuracy": hits / images, "low": low, "high": high, "images": images, "mostly": mostly})
     return pd.DataFrame(rows, index=pd.Index(concepts, name="concept"))
 
@@ -252,7 +277,9 @@ def clip_score(
         model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
         read, look = AutoTokenizer.from_pretrained(source), CLIPImageProcessor.from_pretrained(source)
     except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
-        raise ModelNotFoundError(f"no CLIP at {source}: expected a CLIPModel, as safetensors") from error
+        raise ModelNotFoundError(
+            f"no CLIP at {source}: expected a CLIPModel, as safetensors{trouble(error, source)}"
+        ) from error
     scores = []
     for i in range(0, len(images), 64):
         text = read(list(prompts[i : i + 64]), padding=True, truncation=True, return_tensors="pt")

@@ -17,7 +17,7 @@ from torch import Tensor
 from .attention import AttentionRecorder, record_attention
 from .config import UnlearnConfig
 from .losses import attention_target, cross_attention_loss
-from .models import ModelCard, model_card, sample
+from .models import ModelCard, check_reads_one_text, model_card, sample
 
 # ---------------------------------------------------------------------------- pictures
 
@@ -39,7 +39,11 @@ class Pictures:
 
 @torch.no_grad()
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
-    """The text encoder's hidden states, (n, T, D), float32 on the CPU; equal prompts are read once."""
+    """The text encoder's hidden states, (n, T, D), float32 on the CPU; equal prompts are read once.
+
+    Raises ValueError for Stable Diffusion XL.
+    """
+    check_reads_one_text(pipe.unet)
     distinct = list(dict.fromkeys(prompts))
     ids = pipe.tokenizer(
         distinct,
@@ -157,7 +161,8 @@ class Noised:
 
         def keep(pipe: StableDiffusionPipeline, i: int, t: Tensor, kept: dict) -> dict:
             if i + 1 < len(pipe.scheduler.timesteps):  # after the last step there is no noise left
-                seen.append(kept["latents"].float().cpu())
+                following = pipe.scheduler.timesteps[i + 1]
+                seen.append(pipe.scheduler.scale_model_input(kept["latents"], following).float().cpu())
             return kept
 
         for start in range(0, len(prompts), card.batch_size):

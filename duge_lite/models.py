@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from .config import UnlearnConfig
@@ -19,6 +21,7 @@ from .doodles.draw import STYLES
 from .errors import ModelNotFoundError, UnknownConceptError
 
 DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
+INDEX = "model_index.json"
 
 
 def data_dir() -> Path:
@@ -57,8 +60,8 @@ def load_pipeline(
     model: str | Path = "doodle",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> StableDiffusionPipeline:
-    """Loads a text-to-image pipeline, ready to sample.
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """Loads a text-to-image pipeline, ready to sample: Stable Diffusion 1.x or 2.x, or XL to look at.
 
     Args:
         model: ``"doodle"`` (shipped with this package), a local diffusers folder, or a hub id such as
@@ -67,8 +70,8 @@ def load_pipeline(
         dtype: default 16 bits on CUDA, 32 bits elsewhere. A pipeline in float16 keeps its autoencoder in 32
             bits: that one overflows, and a black picture looks like a concept well forgotten.
 
-    Raises ModelNotFoundError when a folder is missing or broken, or the hub is out of reach.
-    Only safetensors are read; pickled weights are refused.
+    Raises ModelNotFoundError when a folder is missing, broken or of another kind, or the hub does not hand
+    it out. Only safetensors are read: pickled weights are refused, and so is code that comes with a model.
     """
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
@@ -77,33 +80,30 @@ def load_pipeline(
     looks_local = (
         is_doodle or isinstance(model, Path) or source.exists() or str(model).startswith((".", "/", "~"))
     )
-    if looks_local and not (source.expanduser() / "model_index.json").is_file():
+    if looks_local and not (source.expanduser() / INDEX).is_file():
         advice = (
             "Reinstall duge-lite, or make it with `python -m duge_lite.doodles.train`."
             if is_doodle
             else "Expected a folder written by `pipe.save_pretrained(folder)`."
         )
         raise ModelNotFoundError(f"no diffusers pipeline at {source}: it holds no model_index.json. {advice}")
+    place = str(source.expanduser()) if looks_local else str(model)
     try:
+        kind = _read_kind(Path(place) / INDEX if looks_local else Path(hf_hub_download(place, INDEX)), place)
+        xl = kind is StableDiffusionXLPipeline
+        unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
         with warnings.catch_warnings():  # `torch_dtype` is the name that every diffusers below 1.0 knows
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            pipe = StableDiffusionPipeline.from_pretrained(
-                str(source.expanduser()) if looks_local else str(model),
-                torch_dtype={"default": dtype, "vae": torch.float32 if dtype == torch.float16 else dtype},
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
+            dtypes = {"default": dtype, "vae": torch.float32 if dtype == torch.float16 else dtype}
+            pipe = kind.from_pretrained(place, torch_dtype=dtypes, use_safetensors=True, **unchecked)
         if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # transformers makes up an empty one
             raise OSError("the tokenizer's vocabulary is missing or cut")
+    except ModelNotFoundError:
+        raise
     except Exception as error:  # diffusers, the hub and safetensors each raise their own kinds
-        if looks_local:
-            why = f"the pipeline at {source} is incomplete or damaged"
-            advice = "Compare it with a fresh copy; only safetensors files are read."
-        else:
-            why = f"could not load {str(model)!r} from the hub"
-            advice = 'Check the name and the network, or stay offline with load_pipeline("doodle").'
-        raise ModelNotFoundError(f"{why} ({_first_line(error)}). {advice}") from error
+        damaged = f"the pipeline at {source} is incomplete or damaged"
+        why = damaged if looks_local else f"could not load {place!r} from the hub"
+        raise ModelNotFoundError(why + trouble(error, place)) from error
     if pipe.vae.dtype != dtype:  # diffusers hands it latents in the denoiser's precision
         first = pipe.vae.post_quant_conv
         first.register_forward_pre_hook(lambda conv, args: (args[0].to(conv.weight.dtype),))
@@ -111,17 +111,27 @@ def load_pipeline(
     return pipe.to(device)
 
 
+def check_reads_one_text(unet: UNet2DConditionModel) -> None:
+    """Raises ValueError for Stable Diffusion XL, which reads two texts and the picture's size beside them."""
+    if unet.config.addition_embed_type is not None:
+        raise ValueError(
+            "Stable Diffusion XL can be looked at here (duge.trace) and not changed: "
+            "load Stable Diffusion 1.x or 2.x to make it forget"
+        )
+
+
 def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionPipeline:
     """``pipe`` with a denoiser that was trained in a world without ``concept``: what forgetting aims at.
 
     The text encoder and the autoencoder are those of ``pipe``, not copies. Raises ModelNotFoundError when
-    nobody trained such a denoiser; only a world of one's own can be learned anew.
+    nobody trained such a denoiser.
     """
-    folder = data_dir() / f"doodle-oracle-{concept.replace(' ', '-')}" / "unet"
+    card = model_card(pipe)
+    folder = data_dir() / f"{card.name}-oracle-{concept.replace(' ', '-')}" / "unet"
     if not folder.is_dir():
         raise ModelNotFoundError(
-            f"no oracle for {concept!r} at {folder}. Train it with "
-            f'`python -m duge_lite.doodles.train --without "{concept}"`.'
+            f"no oracle without {concept!r} for {card.name}: only a world of one's own can be drawn "
+            f'anew, as that of the doodles by `python -m duge_lite.doodles.train --without "{concept}"`'
         )
     with warnings.catch_warnings():  # as in load_pipeline
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
@@ -132,9 +142,39 @@ def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionP
     return oracle
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+def _read_kind(index: Path, place: str) -> type[StableDiffusionPipeline | StableDiffusionXLPipeline]:
+    """What a model's ``index`` says it is. ModelNotFoundError for another kind, and for code of its own."""
+    about = json.loads(index.read_text("utf-8"))
+    kinds = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+    if str(about["_class_name"]) not in kinds:
+        raise ModelNotFoundError(
+            f"{place} holds a {about['_class_name']}: expected Stable Diffusion 1.x or 2.x, or XL to look at"
+        )
+    parts = [(name, part[0]) for name, part in about.items() if isinstance(part, list)]
+    if code := [file for name, module in parts if (file := index.parent / name / f"{module}.py").exists()]:
+        raise ModelNotFoundError(
+            f"{place} brings code of its own ({code[0].parent.name}/{code[0].name}), which is never run: "
+            "expected parts that diffusers and transformers know"
+        )
+    return kinds[about["_class_name"]]
+
+
+def trouble(error: BaseException, place: str | Path) -> str:
+    """Why ``place`` could not be loaded, in brackets, and a sentence that says what to do."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)  # the hub's own error says most, if there is one
+    error = next((e for e in chain if type(e).__module__.startswith("huggingface_hub")), error)
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    hub = {
+        "GatedRepoError": f"Accept its terms at https://huggingface.co/{place}, then {login}.",
+        "RepositoryNotFoundError": f"Check the name; if it is the name of a private model, {login}.",
+    }
+    elsewhere = 'Check the name and the network, or stay offline with load_pipeline("doodle").'
+    here = "Compare it with a fresh copy; only safetensors files are read."
+    advice = here if Path(place).is_dir() else hub.get(type(error).__name__, elsewhere)
+    text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+    return f" ({type(error).__name__}: {text}). {advice}"
 
 
 @dataclass(frozen=True)
@@ -143,7 +183,7 @@ class ModelCard:
 
     Attributes:
         concepts: names that can be forgotten and judged.
-        styles: style names; the first is the plain one.
+        styles: style names; the first is the plain one, and a judge need not know the others.
         related: for each concept, the concepts that resemble it.
         plain: for each concept, its plain prompt.
         labels: for each concept, what the judge may call it; nothing for what the judge does not know.
@@ -178,7 +218,7 @@ class ModelCard:
         return UnlearnConfig(**(self.settings | changes))
 
     @classmethod
-    def read(cls, name: str, file: str, styles: tuple[str, ...], **settings: object) -> ModelCard:
+    def read(cls, name: str, file: str, judged_styles: tuple[str, ...], **settings: object) -> ModelCard:
         """A card whose concepts are the rows of ``file`` in ``data/``: see the data card."""
         rows = pd.read_csv(data_dir() / file, dtype={"order": "Int64"}).set_index("concept")
 
@@ -187,14 +227,22 @@ class ModelCard:
 
         order = tuple(rows.order.dropna().sort_values().index)
         plain, related, labels = rows.prompt.to_dict(), lists("related"), lists("judge_label")
-        labels |= {style: (style,) for style in styles}
-        return cls(name, tuple(rows.index), styles, related, plain, labels, order, **settings)
+        labels |= {style: (style,) for style in judged_styles}
+        return cls(name, tuple(rows.index), STYLES, related, plain, labels, order, **settings)
+
+    def subject(self, concept: str) -> str:
+        """How a prompt names it: "an apple", "sunglasses", "the Eiffel Tower"."""
+        plain = self.plain.get(concept, captions.prompt(concept))
+        return plain.removeprefix(f"{captions.nameless()} of ")
 
     def prompt(self, concept: str, style: str | None = None) -> str:
         """The plain prompt for ``concept``: "a photo of an apple"; or the one in another ``style``."""
-        if style in (None, self.styles[0]) and concept in self.plain:
-            return self.plain[concept]
-        return captions.prompt(concept, style or self.styles[0])
+        return f"{captions.nameless(style or self.styles[0])} of {self.subject(concept)}"
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The concepts that the judge has a label for, so that they can be counted."""
+        return tuple(c for c in self.concepts if c in self.labels)
 
     @property
     def forgettable(self) -> tuple[str, ...]:
@@ -216,18 +264,16 @@ class ModelCard:
     def paraphrases(self, concept: str) -> dict[str, list[str]]:
         """Other ways to ask, that unlearning never sees: by "phrasing", and by a "synonym" for an object.
 
-        Phrasings of the doodle world that its training held out, too; without such knowledge, the "plain"
-        prompt alone.
+        The doodle model's training held out these phrasings, too, and taught the synonyms: to no other model.
         """
-        if self.name != "doodle":
-            return {"plain": [self.prompt(concept)]}
         told = captions.HELD_OUT_TEMPLATES
         if concept in self.styles:
-            subjects = map(captions.with_article, self.concepts)
+            subjects = map(self.subject, self.concepts)
             return {"phrasing": [text.format(s) for s in subjects for text in told[concept]]}
-        phrased = [t.format(captions.with_article(concept)) for s in self.styles for t in told[s]]
-        synonym = captions.SYNONYMS[concept]
-        return {"phrasing": phrased, "synonym": [self.prompt(synonym, style) for style in self.styles]}
+        ways = {"phrasing": [t.format(self.subject(concept)) for s in self.styles for t in told[s]]}
+        if self.name == "doodle":
+            ways["synonym"] = [self.prompt(captions.SYNONYMS[concept], style) for style in self.styles]
+        return ways
 
     def check(self, concept: str) -> str:
         """``concept`` itself; raises UnknownConceptError when it is neither a concept nor a style."""
@@ -250,7 +296,7 @@ def model_card(pipe: StableDiffusionPipeline) -> ModelCard:
     # a lesson of 16 layers' outputs takes 23 MB of main memory in 16 bits, 46 MB in 32.
     sizes = {"batch_size": 2, "memory_batch_size": 2, "target_size": 8, "memory_size": 40, "lessons": 64}
     how["settings"] = sizes | {"iterations": 100, "lr": 2e-5}
-    return ModelCard.read("stable-diffusion", "dec-imagenet-20.csv", ("photo",), **how)
+    return ModelCard.read("stable-diffusion", "dec-imagenet-20.csv", (), **how)
 
 
 def sample(

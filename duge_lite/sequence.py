@@ -90,11 +90,13 @@ class UnlearningSequence:
     def matrix(self, concepts: Sequence[str] | None = None, **how: object) -> pd.DataFrame:
         """The accuracy matrix R[k, j]: accuracy on concept j after request k; row 0 is the base model.
 
-        ``concepts`` defaults to all that can be forgotten, so that styles are looked at as well; the other
+        ``concepts`` defaults to all that can be forgotten and counted, styles too; the other
         arguments are those of :func:`duge_lite.evaluation.evaluate`, whose seeds are the same for every row.
         Afterwards the pipeline is the last model again.
         """
-        concepts = list(model_card(self.pipe).forgettable if concepts is None else concepts)
+        card = model_card(self.pipe)
+        known = [c for c in card.forgettable if c in card.labels]
+        concepts = known if concepts is None else list(concepts)
         try:
             rows = [
                 evaluate(self.pipeline(at=k), concepts, **how).accuracy for k in range(len(self.runs) + 1)
@@ -123,7 +125,7 @@ class UnlearningSequence:
         One row per model; afterwards the pipeline is the last one again.
         """
         card = model_card(self.pipe)
-        judge = judge or Judge.load(card.judge)
+        judge = judge or Judge.load(card)
         stay = [c for c in card.concepts if c not in self.concepts] if concepts is None else concepts
         prompts = [card.prompt(c) for c in stay for _ in range(images)]
         try:

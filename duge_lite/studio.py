@@ -78,9 +78,13 @@ class Preview:
 
     def found(self, judge: Judge) -> tuple[str, str]:
         """In how many pictures of the concept, and of the bystanders, the judge sees what was asked for."""
-        seen = [bool(judge.sees([p], n)[0]) for p, n in zip(self.pictures, self.names, strict=True)]
-        concept, others = seen[: self.copies], seen[self.copies :]
-        return f"{sum(concept)} of {len(concept)}", f"{sum(others)} of {len(others)}"
+
+        def count(part: slice) -> str:
+            shown = zip(self.pictures[part], self.names[part], strict=True)
+            seen = [bool(judge.sees([p], n)[0]) for p, n in shown if judge.knows(n)]
+            return f"{sum(seen)} of {len(seen)}"
+
+        return count(slice(self.copies)), count(slice(self.copies, None))
 
 
 def preview(

@@ -47,7 +47,7 @@ from .lessons import (
     watching,
 )
 from .losses import estimate_importance, free_directions, prior_preservation_loss, regularization_loss
-from .models import ModelCard, model_card
+from .models import ModelCard, check_reads_one_text, model_card
 from .plot import Plot
 
 
@@ -162,7 +162,10 @@ def trainable_parameters(unet: torch.nn.Module, config: UnlearnConfig) -> dict[s
 
     ``train="lora"`` adds an adapter named "duge" to the UNet if there is none yet; it changes no answer
     until it has learned. Its first weights depend on the seed alone.
+
+    Raises ValueError for Stable Diffusion XL.
     """
+    check_reads_one_text(unet)
     if config.train == "lora" and ADAPTER not in getattr(unet, "peft_config", {}):
         from peft import LoraConfig
 

@@ -6,10 +6,12 @@ trained weights, processors or gradients behind for the next.
 
 import copy
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import fake_hub
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,14 @@ def tiny_judge() -> duge.Judge:
         label2id={name: i for i, name in enumerate(train.LABELS)},
     )
     return duge.Judge(ResNetForImageClassification(config).eval(), train.image_processor())
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> Path:
+    """A folder for HF_HOME that holds Stable Diffusion 1.4, its judge and its CLIP; all of them tiny."""
+    folder = tmp_path_factory.mktemp("huggingface")
+    fake_hub.write_hub(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Recording, tracing, words and files, on tiny pipelines of every kind with random weights."""
 
-import gzip
-import importlib.util
 import json
 import tracemalloc
 import warnings
@@ -9,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import fake_hub
 import numpy as np
 import pytest
 import torch
@@ -44,7 +43,9 @@ from duge_lite.attention import (
     record_attention,
     trace,
 )
+from duge_lite.baselines import uce
 from duge_lite.errors import NoCrossAttentionError, WordNotInPromptError
+from duge_lite.losses import attention_target, cross_attention_loss
 
 PROMPT = "a photo of an apple next to an umbrella"
 
@@ -52,22 +53,9 @@ PROMPT = "a photo of an apple next to an umbrella"
 # ---------------------------------------------------------------------------- tiny models
 
 
-def bytes_of_clip() -> list[str]:
-    """The printable stand-ins of the 256 bytes, in the order of CLIP's vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
 @pytest.fixture(scope="module")
 def clip_tokenizer() -> CLIPTokenizer:
-    """The tokenizer of Stable Diffusion, from the file of merges that the package `clip` ships."""
-    (folder,) = importlib.util.find_spec("clip").submodule_search_locations
-    text = gzip.decompress((Path(folder) / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    merges = [tuple(line.split()) for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]]
-    names = [*bytes_of_clip(), *(c + "</w>" for c in bytes_of_clip()), *map("".join, merges)]
-    names += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {name: i for i, name in enumerate(names)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return fake_hub.clip_tokenizer()
 
 
 def text_config(width: int = 32) -> CLIPTextConfig:
@@ -191,8 +179,12 @@ def forward(unet, batch: int = 2, size=(8, 8), seed: int = 0, tokens: int = 77) 
     g = torch.Generator().manual_seed(seed)
     dtype = unet.dtype
     x = torch.randn(batch, 4, *size, generator=g).to(dtype)
-    text = torch.randn(batch, tokens, 32, generator=g).to(dtype)
-    return unet(x, torch.full((batch,), 500), text).sample
+    text = torch.randn(batch, tokens, unet.config.cross_attention_dim, generator=g).to(dtype)
+    beside = None
+    if unet.config.addition_embed_type:  # XL reads a pooled text, and the size and crop of the picture
+        sizes = torch.tensor([[8.0 * size[0], 8.0 * size[1], 0, 0, 8.0 * size[0], 8.0 * size[1]]] * batch)
+        beside = {"text_embeds": torch.randn(batch, 32, generator=g), "time_ids": sizes}
+    return unet(x, torch.full((batch,), 500), text, added_cond_kwargs=beside).sample
 
 
 # ---------------------------------------------------------------------------- the same picture
@@ -225,7 +217,7 @@ def test_layers_come_in_the_order_of_the_forward_pass(pipes):
         assert seen == list(layers)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_maps_are_the_softmax_of_the_layer(pipes, kind):
     """Against diffusers' own arithmetic, from the inputs that the layer really got."""
     unet, inputs = pipes[kind].unet, {}
@@ -253,11 +245,13 @@ def test_maps_are_the_softmax_of_the_layer(pipes, kind):
     assert record.layers == tuple(layers) == tuple(record.probs)
 
 
-def test_non_square_sizes(pipe):
-    t = traced(pipe, height=64, width=128)
-    assert np.abs(t.image - plain(pipe, height=64, width=128)).max() <= 1e-4
-    assert {m.shape[-2:] for m in t.maps.values()} == {(8, 16), (4, 8)}
-    assert t.at(16).word("apple").shape == (8, 16)
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_non_square_sizes(pipes, kind):
+    t = traced(pipes[kind], height=64, width=128)
+    assert np.abs(t.image - plain(pipes[kind], height=64, width=128)).max() <= 1e-4
+    sizes = {"sd1": {(8, 16), (4, 8)}, "sdxl": {(4, 8)}}[kind]  # XL listens to words in its lower levels only
+    assert {m.shape[-2:] for m in t.maps.values()} == sizes
+    assert t.word("apple").shape == max(sizes)
 
 
 def test_sizes_are_passed_not_guessed(pipe):
@@ -285,6 +279,23 @@ def test_layer_size_of_an_odd_latent():
 def test_pixels_that_do_not_fit_are_refused(pipe):
     with pytest.raises(ValueError, match="100x64 pixels: expected multiples of 8"):
         traced(pipe, height=100)
+
+
+def test_xl_is_loaded_to_be_looked_at(pipes, tmp_path):
+    pipes["sdxl"].save_pretrained(tmp_path / "xl")
+    pipe = duge.load_pipeline(tmp_path / "xl", device="cpu")
+    assert type(pipe) is StableDiffusionXLPipeline
+    found = duge.trace(pipe, PROMPT, steps=1)
+    assert found.word("umbrella").shape == (4, 4) and found.image.size == (64, 64)
+    before = {name: p.clone() for name, p in pipe.unet.named_parameters()}
+    for act in (
+        lambda: duge.unlearn(pipe, "apple", duge.UnlearnConfig(train="lora"), progress=False),
+        lambda: duge.unlearn_sequence(pipe, ["apple"], progress=False),
+        lambda: uce(pipe, "apple"),
+    ):
+        with pytest.raises(ValueError, match="^Stable Diffusion XL can be looked at here .* make it forget$"):
+            act()
+    assert {name: p for name, p in pipe.unet.named_parameters() if not torch.equal(p, before[name])} == {}
 
 
 # ---------------------------------------------------------------------------- guidance and batches
@@ -505,6 +516,35 @@ def test_gradients_flow_through_what_is_recorded(clip_tokenizer, checkpointing):
         last.to_k.weight.data -= sign * step * direction
     slope = (values[0] - values[1]) / (2 * step)
     assert float(slope) == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+@pytest.mark.parametrize("match", ["probs", "outputs"])
+def test_the_cross_attention_loss_and_its_gradient_on_xl(clip_tokenizer, match):
+    unet, size = make_pipeline("sdxl", clip_tokenizer).unet, (8, 12)
+    with torch.no_grad(), record_attention(unet, size, outputs=True) as concept:
+        forward(unet, size=size)
+    with torch.no_grad(), record_attention(unet, size, outputs=True) as other:
+        forward(unet, size=size, seed=1)
+    pairs = zip(getattr(concept, match).values(), getattr(other, match).values(), strict=True)
+    targets = [attention_target(a, b) for a, b in pairs]
+
+    def loss() -> torch.Tensor:
+        with record_attention(unet, size, outputs=True) as record:
+            forward(unet, size=size)
+        return cross_attention_loss(list(getattr(record, match).values()), targets)
+
+    loss().backward()
+    layers = cross_attention_layers(unet)
+    assert len(layers) == 8 and set(concept.sizes.values()) == {(4, 6)}  # 2 + 2 + 2 * 2 blocks of one level
+    gradients = {name: layer.to_k.weight.grad.clone() for name, layer in layers.items()}
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients.values())
+    name, layer = list(layers.items())[3]
+    direction, step, values = gradients[name] / gradients[name].norm(), 1e-2, []
+    for sign in (1, -2, 1):  # there, past it, and back
+        layer.to_k.weight.data += sign * step * direction
+        values.append(loss().item())
+    slope = (values[0] - values[1]) / (2 * step)
+    assert slope == pytest.approx(gradients[name].norm().item(), rel=0.05)
 
 
 def test_without_gradients_nothing_is_kept_alive(pipe):
