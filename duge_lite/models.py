@@ -98,6 +98,8 @@ def load_pipeline(
             pipe = kind.from_pretrained(place, torch_dtype=dtypes, use_safetensors=True, **unchecked)
         if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # transformers makes up an empty one
             raise OSError("the tokenizer's vocabulary is missing or cut")
+        if any(p.is_meta for p in (*pipe.unet.parameters(), *pipe.vae.parameters())):
+            raise OSError("weights are missing")  # of a LoRA that was saved with its model, for example
     except ModelNotFoundError:
         raise
     except Exception as error:  # diffusers, the hub and safetensors each raise their own kinds
@@ -150,8 +152,13 @@ def _read_kind(index: Path, place: str) -> type[StableDiffusionPipeline | Stable
         raise ModelNotFoundError(
             f"{place} holds a {about['_class_name']}: expected Stable Diffusion 1.x or 2.x, or XL to look at"
         )
-    parts = [(name, part[0]) for name, part in about.items() if isinstance(part, list)]
-    if code := [file for name, module in parts if (file := index.parent / name / f"{module}.py").exists()]:
+    parts = {name: part[0] for name, part in about.items() if isinstance(part, list) and part[0]}
+    missing = set(parts) - {"safety_checker"} - {folder.name for folder in index.parent.iterdir()}
+    if missing and Path(place).is_dir():
+        raise FileNotFoundError(f"it lacks {', '.join(sorted(missing))}")
+    if code := [
+        file for name, module in parts.items() if (file := index.parent / name / f"{module}.py").exists()
+    ]:
         raise ModelNotFoundError(
             f"{place} brings code of its own ({code[0].parent.name}/{code[0].name}), which is never run: "
             "expected parts that diffusers and transformers know"

@@ -36,7 +36,8 @@ class Timeline:
         """Model ``at`` in one sentence."""
         if at == 0:
             return "The base model: nothing was asked to go yet."
-        numbers = ", ".join(f"{name} {self.metrics[name][at]:.2f}" for name in METRICS)
+        known = self.metrics.loc[at, list(METRICS)].dropna()
+        numbers = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
         return f"Asked to go: {', '.join(self.requests[:at])}. {numbers}."
 
     def figure(self, at: int) -> Plot:

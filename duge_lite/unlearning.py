@@ -449,6 +449,9 @@ class UnlearningRun:
     def export_lora(self, folder: str | Path) -> Path:
         """Writes the low-rank updates so that plain diffusers reads them: ``pipe.load_lora_weights(folder)``.
 
+        For one model in place of two parts: ``pipe.fuse_lora()``, ``pipe.unload_lora_weights()``, and then
+        ``pipe.save_pretrained(folder)``. (Without the first two it writes what nobody can load.)
+
         Raises ValueError when the run trained no LoRA, or was restored.
         """
         if ADAPTER not in getattr(self.pipe.unet, "peft_config", {}):

@@ -112,9 +112,10 @@ def test_paraphrases_are_words_that_unlearning_never_sees(tiny_pipe, concept):
         assert all(SYNONYMS[concept] in text for text in groups["synonym"])
 
 
-def test_a_card_without_paraphrases_asks_plainly(tiny_pipe):
+def test_synonyms_are_those_that_a_model_was_taught(tiny_pipe):
     card = replace(duge.model_card(tiny_pipe), name="some other model")
-    assert card.paraphrases("apple") == {"plain": ["a photo of an apple"]}
+    groups = card.paraphrases("apple")
+    assert list(groups) == ["phrasing"] and not any("pippin" in text for text in groups["phrasing"])
 
 
 def test_company_is_everybody_else_in_both_places(tiny_pipe, tiny_judge):

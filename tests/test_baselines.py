@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from duge_lite import baselines
 from duge_lite.errors import UnknownConceptError
@@ -93,6 +94,31 @@ def test_uce_with_the_concept_as_its_own_anchor_changes_nothing(tiny_pipe):
     baselines.uce(tiny_pipe, "apple", anchor="apple")
     for name, p in tiny_pipe.unet.named_parameters():
         assert torch.allclose(p, before[name], atol=1e-5), name
+
+
+def test_esd_asks_a_model_of_velocities_for_the_same_noise():
+    """noise = sqrt(a) * v + sqrt(1 - a) * x_t, so what is asked of v asks the same of the noise."""
+    g = torch.Generator().manual_seed(0)
+    noisy, concept, other = (torch.randn(2, 4, 3, 3, generator=g) for _ in range(3))
+    a, eta = torch.tensor([0.9, 0.2]).view(-1, 1, 1, 1), 2.0
+
+    def noise(velocity):
+        return a.sqrt() * velocity + (1 - a).sqrt() * noisy
+
+    (asked,) = baselines.esd(eta).target(Pass(concept), Pass(other), torch.zeros(()), TINY)
+    torch.testing.assert_close(noise(asked), noise(other) - eta * (noise(concept) - noise(other)))
+
+
+@pytest.mark.parametrize("sampler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler])
+def test_half_drawn_is_what_the_denoiser_met(tiny_pipe, sampler):
+    """Also where the sampler keeps its latents in another scale, as Euler's does."""
+    tiny_pipe.scheduler = sampler.from_config(tiny_pipe.scheduler.config, skip_prk_steps=True)
+    met = []
+    hook = tiny_pipe.unet.register_forward_pre_hook(lambda _, args: met.append((args[0][1], int(args[1]))))
+    asked = Noised.half_drawn(tiny_pipe, ["a photo of an apple"], 12, 7, torch.Generator().manual_seed(0))
+    hook.remove()
+    for noisy, t in zip(asked.noisy, asked.timesteps.tolist(), strict=True):
+        assert any(t == then and torch.allclose(noisy, latents, atol=1e-5) for latents, then in met[1:])
 
 
 def test_esd_meets_pictures_half_drawn(tiny_pipe):

@@ -15,8 +15,7 @@ from duge_lite import evaluation
 from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, captions, draw
 from duge_lite.doodles.train import LABELS
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
-from duge_lite.evaluation import Judge, clip_score, kid, named_concepts, wilson_interval
-from duge_lite.models import ModelCard
+from duge_lite.evaluation import OTHER, Judge, clip_score, kid, wilson_interval
 
 COLUMNS = ["accuracy", "low", "high", "images", "mostly"]
 
@@ -92,20 +91,44 @@ def test_names_and_sees_follow_the_scores(tiny_judge):
     assert 0 < np.mean([tiny_judge.sees(images, label) for label in LABELS]) < 1
 
 
-def test_a_judge_with_an_open_choice_may_say_something_else(tiny_judge, monkeypatch):
-    how = {"guidance_scale": 8, "steps": 50, "sampling_steps": 25, "judge": "resnet", "clip": "none"}
-    card = ModelCard.read("sd", "dec-imagenet-20.csv", ("photo",), **how)
-    said, asked = ["Granny Smith", "convertible", "teapot"], []
+SAID = ["Granny Smith", "convertible", "teapot"]
+MEANT = {"apple": ("Granny Smith",), "car": ("sports car, sport car", "convertible"), "harp": ("harp",)}
 
-    def names(self, images, among):
-        asked.append(list(among))
-        return said[: len(images)]
 
-    monkeypatch.setattr(duge.Judge, "names", names)
-    free = dataclasses.replace(card, open_choice=True)
-    assert named_concepts(tiny_judge, pictures(3), free) == ["apple", "car", None]
-    assert named_concepts(tiny_judge, pictures(2), card) == ["apple", "car"]
-    assert asked[0] == tiny_judge.labels and "Granny Smith" in asked[1] and "teapot" not in asked[1]
+@pytest.fixture
+def told(tiny_judge, monkeypatch):
+    """A judge with other words for what it sees; each picture shows the next of SAID."""
+    labels = ["harp", "sports car, sport car", "convertible", "Granny Smith", "teapot"]
+    scores = pd.DataFrame(
+        [[5.0 if label == said else -3.0 for label in labels] for said in SAID], columns=labels
+    )
+    monkeypatch.setattr(Judge, "labels", labels)
+    monkeypatch.setattr(Judge, "scores", lambda _, images, among: scores[: len(images)][list(among)])
+    return dataclasses.replace(tiny_judge, words=MEANT)
+
+
+def test_a_judge_knows_concepts_by_its_own_words(told):
+    assert told.names(pictures(3), ["apple", "car", "harp"]) == ["apple", "car", "apple"]  # it has to choose
+    assert told.sees(pictures(3), "car").tolist() == [False, True, False]  # by any of its words for it
+    assert told.knows("car") and not told.knows("convertible") and not told.knows("fruit")
+    with pytest.raises(UnknownConceptError, match="'fruit' is no label of this judge"):
+        told.names(pictures(1), ["apple", "fruit"])
+
+
+def test_a_judge_with_an_open_choice_may_say_something_else(told):
+    free = dataclasses.replace(told, open_choice=True)
+    assert free.names(pictures(3), ["apple", "car", "harp"]) == ["apple", "car", OTHER]
+    assert free.names(pictures(3), ["apple", "harp"]) == ["apple", OTHER, OTHER]
+    assert free.sees(pictures(3), "apple").tolist() == [True, False, False]
+
+
+def test_the_cards_judge_knows_the_cards_concepts(doodle_master):
+    card = duge.model_card(doodle_master)
+    judge = Judge.load(card)
+    assert all(judge.knows(c) for c in card.forgettable) and not judge.open_choice
+    drawn = [draw("car", "sketch"), draw("harp", "neon")]
+    assert judge.names(drawn, card.judged) == ["car", "harp"] == Judge.load().names(drawn, card.concepts)
+    assert judge.names(drawn, card.styles) == ["sketch", "neon"]
 
 
 def test_what_the_judge_has_no_label_for_cannot_be_counted(tiny_pipe, tiny_judge, monkeypatch):

@@ -2,22 +2,32 @@
 
 import copy
 import dataclasses
+import json
 import re
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 import duge_lite as duge
 from duge_lite.attacks import encode_pictures
 from duge_lite.doodles import OBJECTS, STYLES, captions
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
+from duge_lite.evaluation import clip_score
 from duge_lite.lessons import Noised
 from duge_lite.models import data_dir, default_device, default_dtype, model_card
 
@@ -134,6 +144,16 @@ def test_a_truncated_file_teaches(folder, part):
         duge.load_pipeline(folder)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_missing_weights_teach(folder, part):
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    weights.popitem()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match="incomplete or damaged .*weights are missing.*Compare it"):
+        duge.load_pipeline(folder, device="cpu")
+
+
 @pytest.mark.parametrize("file", ["unet/config.json", "tokenizer", "model_index.json"])
 def test_a_missing_or_garbled_part_teaches(folder, file):
     if (folder / file).is_dir():
@@ -142,6 +162,38 @@ def test_a_missing_or_garbled_part_teaches(folder, file):
         (folder / file).write_text("{ not json")
     with pytest.raises(ModelNotFoundError, match="incomplete or damaged"):
         duge.load_pipeline(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
+def test_a_missing_folder_of_a_part_is_named(folder, part):
+    shutil.rmtree(folder / part)
+    with pytest.raises(ModelNotFoundError, match=f"incomplete or damaged .*{part}.*Compare it") as caught:
+        duge.load_pipeline(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def rewrite_index(folder: Path, **changes) -> None:
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+
+
+@pytest.mark.parametrize("kind", ["DDPMPipeline", "FluxPipeline", ["pipeline", "OfMyOwn"]])
+def test_another_kind_of_pipeline_is_named(folder, kind):
+    rewrite_index(folder, _class_name=kind)
+    with pytest.raises(ModelNotFoundError) as caught:
+        duge.load_pipeline(folder)
+    expected = "expected Stable Diffusion 1.x or 2.x, or XL to look at"
+    assert str(caught.value) == f"{folder} holds a {kind}: {expected}"
+
+
+@pytest.mark.parametrize("module", ["of_my_own", "diffusers"])  # a file may have the name of a known library
+def test_code_that_comes_along_is_never_run(folder, module, tmp_path):
+    mark = tmp_path / "run"
+    (folder / "unet" / f"{module}.py").write_text(f"open({str(mark)!r}, 'w')\nclass OfMyOwn: pass\n")
+    rewrite_index(folder, unet=[module, "OfMyOwn"])
+    with pytest.raises(ModelNotFoundError, match=rf"brings code of its own \(unet/{module}.py\)"):
+        duge.load_pipeline(folder)
+    assert not mark.exists()
 
 
 class Bomb:
@@ -154,16 +206,34 @@ class Bomb:
         return (Path.touch, (self.mark,))
 
 
-def test_pickled_weights_are_refused(folder, tmp_path):
-    (file,) = (folder / "unet").glob("*.safetensors")
+@pytest.mark.parametrize(
+    "pickle",
+    [
+        "unet/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.ckpt",
+        "text_encoder/pytorch_model.bin",
+    ],
+)
+def test_pickled_weights_are_refused(folder, tmp_path, pickle):
+    (file,) = (folder / pickle).parent.glob("*.safetensors")
     file.unlink()
     mark = tmp_path / "unpickled"
-    torch.save({"weight": Bomb(mark)}, folder / "unet" / "diffusion_pytorch_model.bin")
+    torch.save({"weight": Bomb(mark)}, folder / pickle)
     with pytest.raises(ModelNotFoundError, match="only safetensors files are read"):
         duge.load_pipeline(folder)
     assert not mark.exists()
-    torch.load(folder / "unet" / "diffusion_pytorch_model.bin", weights_only=False)
+    torch.load(folder / pickle, weights_only=False)
     assert mark.exists()  # the trap was armed
+
+
+def test_a_pickled_judge_is_refused(tiny_judge, tmp_path):
+    tiny_judge.processor.save_pretrained(tmp_path)
+    tiny_judge.model.config.save_pretrained(tmp_path)
+    mark = tmp_path / "unpickled"
+    torch.save({"weight": Bomb(mark)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelNotFoundError, match="no judge at .* as safetensors"):
+        duge.Judge.load(tmp_path)
+    assert not mark.exists()
 
 
 def test_a_hub_id_without_network_teaches():
@@ -173,6 +243,69 @@ def test_a_hub_id_without_network_teaches():
     assert text.startswith("could not load 'duge-lite-tests/no-such-model' from the hub (")
     assert 'stay offline with load_pipeline("doodle")' in text
     assert len(text.splitlines()) == 1 and len(text) < 500
+
+
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN."
+
+
+def refused(kind: type[HfHubHTTPError], status: str):
+    """What the hub's client does when the server says no."""
+
+    def download(*args, **settings):
+        request = SimpleNamespace(headers={}, request=None)
+        raise kind(f"{status} Client Error. (Request ID: 42)\n\nNot for you.", response=request)
+
+    return download
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "advice"),
+    [
+        (
+            GatedRepoError,
+            "401",
+            f"Accept its terms at https://huggingface.co/some/model, then {LOG_IN}",
+        ),
+        (
+            RepositoryNotFoundError,  # of a private model too: the hub does not tell that there is one
+            "401",
+            f"Check the name; if it is the name of a private model, {LOG_IN}",
+        ),
+        (
+            RemoteEntryNotFoundError,
+            "404",
+            'Check the name and the network, or stay offline with load_pipeline("doodle").',
+        ),
+    ],
+)
+def test_what_the_hub_refuses_teaches(monkeypatch, kind, status, advice):
+    monkeypatch.setattr(duge.models, "hf_hub_download", refused(kind, status))
+    with pytest.raises(ModelNotFoundError) as caught:
+        duge.load_pipeline("some/model")
+    why = f"({kind.__name__}: {status} Client Error. (Request ID: 42))"
+    assert str(caught.value) == f"could not load 'some/model' from the hub {why}. {advice}"
+
+
+def test_the_hubs_own_error_is_found_among_the_causes(monkeypatch):
+    """diffusers and transformers wrap it in sentences of their own."""
+
+    def download(*args, **settings):
+        try:
+            refused(GatedRepoError, "403")()
+        except GatedRepoError as error:
+            raise OSError("the model is not fully cached locally") from error
+
+    monkeypatch.setattr(duge.models, "hf_hub_download", download)
+    with pytest.raises(ModelNotFoundError, match=r"hub \(GatedRepoError: 403 .* log in with `hf auth login`"):
+        duge.load_pipeline("some/model")
+
+
+@pytest.mark.parametrize("load", [duge.Judge.load, lambda name: clip_score([], [], name)])
+def test_a_judge_or_clip_out_of_reach_teaches(load):
+    with pytest.raises(
+        ModelNotFoundError, match=r"^no .* at some/model: .*\(.*\)\. Check the name and the net"
+    ):
+        load("some/model")
 
 
 # The card
@@ -210,18 +343,25 @@ def other(tiny_master) -> StableDiffusionPipeline:
 
 def test_the_card_of_another_stable_diffusion(other):
     card = model_card(other)
-    assert card.name == "stable-diffusion" and card.styles == ("photo",)
+    assert card.name == "stable-diffusion" and card.styles == STYLES
     assert (card.guidance_scale, card.steps) == (8.0, 50)
     assert len(card.concepts) == len(set(card.concepts)) == 21
     assert {"apple", "English springer", "Eiffel Tower"} < set(card.concepts)
     assert card.prompt("English springer") == "a photo of an English springer"
-    assert card.prompts("harp") == ["a photo of a harp"]
+    assert card.prompts("harp") == [captions.prompt("harp", style) for style in STYLES]
+    assert card.prompts("Eiffel Tower")[2] == "a neon sign of the Eiffel Tower"  # as its plain prompt says it
+    assert card.prompts("neon")[1] == "a neon sign of broccoli" and card.nameless("harp")[2] == "a neon sign"
+    assert (
+        card.paraphrases("corgi").keys() == {"phrasing"}
+        and "a corgi, neon sign" in card.paraphrases("corgi")["phrasing"]
+    )
     for name, others in card.related.items():
         assert {name, *others} <= set(card.concepts)
     assert card.order[0] == "apple" and card.order[-1] == "English springer" and len(card.order) == 15
     assert card.prompt("Eiffel Tower") == "a photo of the Eiffel Tower"
     known = {c for c in card.concepts if c in card.labels}
     assert known == set(card.concepts) - {"Eiffel Tower", "girl", "fruit"}  # ImageNet has none of these
+    assert set(card.judged) == known and not set(STYLES) & set(card.labels)  # nor names for styles
     with pytest.raises(UnknownConceptError):
         card.check("mushroom")
     config = card.config(low_memory=True, memory_batch_size=1)
@@ -240,7 +380,7 @@ def test_the_oracle_fits_into_the_pipeline(doodle_master, recwarn):
     weight = "conv_in.weight"
     assert not torch.equal(oracle.unet.get_parameter(weight), doodle_master.unet.get_parameter(weight))
     assert not [w for w in recwarn if "torch_dtype" in str(w.message)]
-    with pytest.raises(ModelNotFoundError, match="no oracle for 'gas pump' at .* --without \"gas pump\""):
+    with pytest.raises(ModelNotFoundError, match="no oracle without 'gas pump' .* --without \"gas pump\""):
         duge.load_oracle(doodle_master, "gas pump")
 
 

@@ -3,19 +3,29 @@
 import copy
 import dataclasses
 import gc
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pandas as pd
 import pytest
 import torch
 from conftest import with_own_unet
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 
 import duge_lite as duge
+from duge_lite import baselines, unlearning
 from duge_lite.attention import cross_attention_layers
 from duge_lite.doodles import OBJECTS, STYLES
 from duge_lite.errors import DivergedError, UnknownConceptError
-from duge_lite.lessons import DUGE, Noised, Pictures, draw_pictures, encode_prompts, memory_prompts
+from duge_lite.lessons import DUGE, Pictures, draw_pictures, encode_prompts, memory_prompts
+from duge_lite.losses import prior_preservation_loss
 from duge_lite.models import model_card
 from duge_lite.unlearning import (
     TRAINABLE,
@@ -577,21 +587,46 @@ def test_a_bf16_pipeline_is_restored_after_divergence(bf16_pipe, tiny_memory, fo
     assert not changed(bf16_pipe, before)
 
 
-def test_a_model_that_predicts_velocity_is_asked_for_velocity(tiny_pipe, tiny_memory, forget):
-    """Stable Diffusion 2.x: v = sqrt(a) * noise - sqrt(1 - a) * picture."""
-    tiny_pipe.scheduler = type(tiny_pipe.scheduler).from_config(
-        tiny_pipe.scheduler.config, prediction_type="v_prediction"
-    )
-    scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
-    seen = Noised.of(tiny_memory, 6, scheduler, torch.Generator().manual_seed(3))
-    a = scheduler.alphas_cumprod[seen.timesteps].view(-1, 1, 1, 1)
-    picture = tiny_memory.latents[seen.index]
-    noise = (seen.noisy - a.sqrt() * picture) / (1 - a).sqrt()
-    torch.testing.assert_close(seen.truth, a.sqrt() * noise - (1 - a).sqrt() * picture, atol=1e-3, rtol=1e-3)
-    before = weights(tiny_pipe)
-    run = forget(preserve="noise", iterations=3)
-    assert changed(tiny_pipe, before) and run.history.prior.iloc[-1] < 10
-    run.restore()
+@pytest.fixture
+def in_the_last_pass(tiny_pipe, monkeypatch):
+    """What the learning denoiser was given, and what the losses compared its answers with."""
+    seen = {}
+
+    def spy_on(module):
+        def loss(noise_pred, target):
+            seen[module] = target.detach()
+            return prior_preservation_loss(noise_pred, target)
+
+        monkeypatch.setattr(module, "prior_preservation_loss", loss)
+
+    for module in (unlearning, baselines):
+        spy_on(module)
+    tiny_pipe.unet.register_forward_pre_hook(lambda _, args: seen.update(noisy=args[0], timesteps=args[1]))
+    return seen
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_what_the_model_predicts_is_what_it_is_compared_with(
+    tiny_pipe, tiny_memory, in_the_last_pass, sampler, prediction
+):
+    """Stable Diffusion 2.x answers with the velocity, v = sqrt(a) * noise - sqrt(1 - a) * picture."""
+    tiny_pipe.scheduler = sampler.from_config(tiny_pipe.scheduler.config, prediction_type=prediction)
+    memory = Pictures(tiny_memory.latents[:1], tiny_memory.encoder_hidden_states[:1], tiny_memory.prompts[:1])
+    config = tiny(iterations=1, target_size=1, preserve="noise")
+    apple = draw_pictures(tiny_pipe, ["a photo of an apple"], config.picture_seed).latents
+    ascent = baselines.gradient_ascent()
+    unlearn(tiny_pipe, "apple", config, memory, progress=False, objective=ascent)
+    alphas = DDPMScheduler.from_config(tiny_pipe.scheduler.config).alphas_cumprod
+    for module, part, picture in ((baselines, slice(2), apple), (unlearning, slice(2, 4), memory.latents)):
+        noisy, a = (
+            in_the_last_pass["noisy"][part],
+            alphas[in_the_last_pass["timesteps"][part]].view(-1, 1, 1, 1),
+        )
+        noise = (noisy - a.sqrt() * picture) / (1 - a).sqrt()
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * picture
+        expected = velocity if prediction == "v_prediction" else noise
+        torch.testing.assert_close(in_the_last_pass[module], expected, atol=1e-3, rtol=1e-3)
 
 
 def test_what_the_memorys_words_say_can_be_protected(tiny_pipe, tiny_memory, forget):
@@ -811,6 +846,51 @@ def test_what_is_saved_loads_without_this_package(tiny_pipe, forget, tmp_path):
     plain = StableDiffusionPipeline.from_pretrained(tmp_path / "forgotten", use_safetensors=True)
     plain.set_progress_bar_config(disable=True)
     assert torch.equal(duge.sample(plain, "a photo of an apple", steps=3, latents=True), ours)
+
+
+PLAIN = """
+import sys
+from pathlib import Path
+import torch
+from diffusers import StableDiffusionPipeline
+
+for folder in Path(sys.argv[1]).glob("pipe_*"):
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    if folder.name.endswith("lora"):
+        pipe.load_lora_weights(folder.with_name("lora"))
+    how = {"num_inference_steps": 3, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(0)}
+    latents = pipe("a photo of an apple", output_type="latent", **how).images
+    torch.save(latents, folder.with_suffix(".pt"))
+assert not [name for name in sys.modules if name.startswith("duge")]
+"""
+
+
+@pytest.mark.slow  # another process, which knows nothing of ours
+def test_plain_diffusers_draws_the_same(tiny_pipe, forget, tmp_path):
+    ours = {}
+
+    def keep(name):
+        tiny_pipe.save_pretrained(tmp_path / f"pipe_{name}")
+        ours[name] = duge.sample(tiny_pipe, "a photo of an apple", steps=3, latents=True)
+
+    for train in IN_PLACE:
+        run = forget(train=train, lr=1e-2)
+        keep(train)
+        run.restore()
+    tiny_pipe.save_pretrained(tmp_path / "pipe_lora")
+    run = forget(train="lora", lr=1e-2)
+    run.export_lora(tmp_path / "lora")
+    ours["lora"] = duge.sample(tiny_pipe, "a photo of an apple", steps=3, latents=True)
+    tiny_pipe.fuse_lora()  # plain diffusers' own way to make one model of the two
+    tiny_pipe.unload_lora_weights()
+    keep("fused")
+    subprocess.run([sys.executable, "-c", PLAIN, tmp_path], check=True, env=os.environ | {"PYTHONPATH": ""})
+    assert len(ours) == len(IN_PLACE) + 2
+    for name, latents in ours.items():
+        plain = torch.load(tmp_path / f"pipe_{name}.pt")
+        torch.testing.assert_close(plain, latents, atol=1e-4, rtol=1e-4, msg=name)
+    different = [torch.dist(a, b) > 0.1 for a in ours.values() for b in ours.values() if a is not b]
+    assert sum(different) >= len(different) - 2  # all but the one that was fused from the other
 
 
 # Sequences and styles
