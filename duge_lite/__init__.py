@@ -15,7 +15,7 @@ import diffusers as _diffusers  # noqa: E402
 _diffusers.StableDiffusionPipeline  # noqa: B018 (imported lazily: touch it while it is quiet)
 _logging.set_verbosity(_verbosity)
 
-from . import checks, doodles, errors, losses  # noqa: E402
+from . import checks, doodles, errors, losses, processes  # noqa: E402
 from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
 from .evaluation import Judge, evaluate  # noqa: E402
 from .models import data_dir, load_oracle, load_pipeline, model_card, results_dir, sample  # noqa: E402
@@ -27,6 +27,6 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionTrace", "Judge", "UnlearnConfig", "UnlearningRun", "UnlearningSequence", "checks", "compare",
     "data_dir", "doodles", "edit_attention", "errors", "evaluate", "load_oracle", "load_pipeline", "losses",
-    "model_card", "record_attention", "results_dir", "sample", "trace", "unlearn",
+    "model_card", "processes", "record_attention", "results_dir", "sample", "trace", "unlearn",
     "unlearn_sequence", "unlearn_steps",
 ]  # fmt: skip

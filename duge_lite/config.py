@@ -29,7 +29,8 @@ class UnlearnConfig:
 
     Attributes:
         iterations: optimizer steps.
-        batch_size, memory_batch_size: pictures of the concept and of the memory in each step.
+        batch_size, memory_batch_size: pictures of the concept and of the memory in each step, of all
+            processes together.
         target_size, memory_size: how many pictures of each the model draws of itself, once, at the start.
         lessons: how many noisy versions of each of the two the reference answers for before learning starts;
             they take turns over the pictures. Few are learned by heart, many take time and memory.

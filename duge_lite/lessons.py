@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .attention import AttentionRecorder, record_attention
 from .config import UnlearnConfig
-from .losses import attention_target, cross_attention_loss
+from .losses import attention_target, cross_attention_loss, mean_squares
 from .models import ModelCard, check_reads_one_text, model_card, sample
+from .processes import averaged, gathered, share
 
 # ---------------------------------------------------------------------------- pictures
 
@@ -165,13 +166,14 @@ class Noised:
                 seen.append(pipe.scheduler.scale_model_input(kept["latents"], following).float().cpu())
             return kept
 
-        for start in range(0, len(prompts), card.batch_size):
-            part = list(prompts[start : start + card.batch_size])
+        texts, seeds = share(list(prompts)), share(range(seed, seed + len(prompts)))
+        for start in range(0, len(texts), card.batch_size):
+            part = slice(start, start + card.batch_size)
             pipe(
-                part,
+                texts[part],
                 num_inference_steps=card.sampling_steps,
                 guidance_scale=card.guidance_scale,
-                generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
+                generator=[torch.Generator().manual_seed(own) for own in seeds[part]],
                 output_type="latent",
                 callback_on_step_end=keep,
             )
@@ -180,7 +182,7 @@ class Noised:
         times = pipe.scheduler.timesteps[1:].long().cpu()
         index = torch.arange(count) % len(prompts)
         when = torch.randint(len(times), (count,), generator=generator)
-        noisy = torch.cat(drawn)[index, when]  # (n, 4, h, w)
+        noisy = torch.cat(gathered(drawn))[index, when]  # (n, 4, h, w)
         text = encode_prompts(pipe, prompts)[index]
         return cls(noisy, times[when], text, torch.zeros_like(noisy), index)
 
@@ -211,7 +213,8 @@ class Objective:
         target: what is wanted for a batch of pictures, a tuple of tensors (B, ...), from the reference's two
             passes (asked for the concept; asked for the anchor instead), the true answer (the noise that was
             added) and the settings.
-        loss: a scalar, from the learning model's pass and the target.
+        loss: a scalar, from the learning model's pass and the target: a mean over the pictures, so that
+            several processes can share them.
         source: where it comes from.
         anchor: a concept that the reference is asked for instead; None for the empty prompt.
         looks_at_attention: whether the layers have to be recorded.
@@ -235,10 +238,14 @@ def _attention_targets(
     return tuple(attention_target(c, u, config.target, config.scale) for c, u in pairs)
 
 
+def _attention_loss(learner: Pass, wanted: tuple[Tensor, ...]) -> Tensor:
+    return cross_attention_loss(learner.layers, wanted, sizes=averaged(mean_squares(wanted)))
+
+
 DUGE = Objective(
     "DUGE",
     _attention_targets,
-    lambda learner, wanted: cross_attention_loss(learner.layers, wanted),
+    _attention_loss,
     "arXiv 2503.13769; the target is ours",
     looks_at_attention=True,
 )
@@ -264,9 +271,12 @@ class Lessons:
     encoder_hidden_states: Tensor
     wanted: tuple[Tensor, ...]
 
-    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> Lessons:
-        """``size`` random lessons on ``device``."""
+    def batch(
+        self, size: int, generator: torch.Generator, device: torch.device, shared: bool = False
+    ) -> Lessons:
+        """``size`` random lessons on ``device``; if ``shared``, this process's part of them."""
         index = torch.randint(len(self.noisy), (size,), generator=generator)
+        index = share(index) if shared else index
         return Lessons(
             self.noisy[index].to(device),
             self.timesteps[index].to(device),

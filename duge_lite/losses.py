@@ -56,7 +56,14 @@ def attention_target(
     return target / target.sum(dim=-1, keepdim=True).clamp(min=1e-8)
 
 
-def cross_attention_loss(maps: Sequence[Tensor], targets: Sequence[Tensor], relative: bool = True) -> Tensor:
+def mean_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """How large the numbers of each tensor are, (n,)."""
+    return torch.stack([_wide(x).square().mean() for x in tensors])
+
+
+def cross_attention_loss(
+    maps: Sequence[Tensor], targets: Sequence[Tensor], relative: bool = True, sizes: Tensor | None = None
+) -> Tensor:
     r"""Mean over layers of the squared distance to the target: :math:`L_U = \frac1M \sum_i (A_i - A_i^*)^2`.
 
     Args:
@@ -64,6 +71,7 @@ def cross_attention_loss(maps: Sequence[Tensor], targets: Sequence[Tensor], rela
         targets: same shapes, from :func:`attention_target`.
         relative: divide each layer's term by the target's mean square, so that a layer that writes
             small numbers counts as much as one that writes large ones (ours; ``False`` is the plain form).
+        sizes: what ``relative`` divides by instead, (M,), when ``targets`` are part of a larger batch.
 
     Returns a scalar. Raises ValueError when the lists or the shapes do not fit.
     """
@@ -71,6 +79,7 @@ def cross_attention_loss(maps: Sequence[Tensor], targets: Sequence[Tensor], rela
         raise ValueError(
             f"expected as many targets as maps, at least one; got {len(maps)} and {len(targets)}"
         )
+    sizes = mean_squares(targets) if relative and sizes is None else sizes
     terms = []
     for layer, (a, b) in enumerate(zip(maps, targets, strict=True)):
         if a.shape != b.shape:
@@ -78,7 +87,7 @@ def cross_attention_loss(maps: Sequence[Tensor], targets: Sequence[Tensor], rela
                 f"layer {layer}: map {tuple(a.shape)} and target {tuple(b.shape)} differ in shape"
             )
         term = (_wide(a) - _wide(b)).square().mean()
-        terms.append(term / _wide(b).square().mean().clamp(min=1e-12) if relative else term)
+        terms.append(term / sizes[layer].clamp(min=1e-12) if relative else term)
     return torch.stack(terms).mean()
 
 

@@ -19,6 +19,7 @@ from .config import UnlearnConfig
 from .doodles import captions
 from .doodles.draw import STYLES
 from .errors import ModelNotFoundError, UnknownConceptError
+from .processes import gathered, launched, share
 
 DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
 INDEX = "model_index.json"
@@ -38,7 +39,9 @@ def results_dir() -> Path:
 
 
 def default_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
+    """CUDA, else Apple's MPS, else the CPU; of several launched processes each has its own."""
+    if state := launched():
+        return state.device
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -66,7 +69,7 @@ def load_pipeline(
     Args:
         model: ``"doodle"`` (shipped with this package), a local diffusers folder, or a hub id such as
             ``"CompVis/stable-diffusion-v1-4"``.
-        device: default CUDA, else MPS, else CPU.
+        device: default CUDA, else MPS, else CPU; under ``accelerate launch`` each process's own GPU.
         dtype: default 16 bits on CUDA, 32 bits elsewhere. A pipeline in float16 keeps its autoencoder in 32
             bits: that one overflows, and a black picture looks like a concept well forgotten.
 
@@ -317,7 +320,8 @@ def sample(
 ) -> list[Image.Image] | torch.Tensor:
     """Pictures for ``prompts``; picture i starts from noise of seed ``seed + i``, or of its own ``seed[i]``.
 
-    The noise does not depend on the batch size.
+    The noise does not depend on the batch size. Under ``accelerate launch`` every process must ask, draws its
+    share and gets all the pictures (:mod:`duge_lite.processes`).
 
     Returns a list of PIL images, or with ``latents=True`` the scaled latents (n, 4, h, w) on the CPU.
     ``steps``, ``guidance_scale`` and ``batch_size`` default to those of the model's card.
@@ -330,15 +334,16 @@ def sample(
         raise ValueError(
             f"{len(texts)} prompts and {len(seeds)} seeds: expected one seed each, or one number"
         )
-    out: list = []
-    for start in range(0, len(texts), batch_size):
-        part = texts[start : start + batch_size]
+    out, mine = [], share(list(zip(texts, seeds, strict=True)))
+    for start in range(0, len(mine), batch_size):
+        part, own = zip(*mine[start : start + batch_size], strict=True)
         result = pipe(
-            part,
+            list(part),
             num_inference_steps=steps or card.steps,
             guidance_scale=card.guidance_scale if guidance_scale is None else guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[start : start + batch_size]],
+            generator=[torch.Generator("cpu").manual_seed(int(s)) for s in own],
             output_type="latent" if latents else "pil",
         ).images
-        out += list(result.cpu()) if latents else result
-    return torch.stack(out) if latents else out
+        out += [result.cpu()] if latents else result
+    out = gathered(out)
+    return (torch.cat(out) if latents else out)[: len(texts)]

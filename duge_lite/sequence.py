@@ -22,6 +22,7 @@ from .config import UnlearnConfig
 from .evaluation import Judge, clip_score, evaluate, kid, sequence_metrics
 from .lessons import DUGE, Objective, Pictures, fill_memory
 from .models import model_card, sample
+from .processes import check_batches, from_main
 from .unlearning import (
     UnlearningRun,
     UnlearnState,
@@ -190,10 +191,13 @@ def sequence_steps(
     trained weights alone, settings, history), and a sequence that was interrupted goes on after the last
     finished one, to the same weights.
 
+    Several processes (see :mod:`duge_lite.processes`) need a directory that all of them can read.
+
     Raises UnknownConceptError before anything is done, ValueError for a concept that comes twice or a
     directory of another sequence or with a damaged file, and KeyboardInterrupt when it is stopped or OSError
     when the disk is full: the unfinished request is taken back, the finished ones stay.
     """
+    check_batches(batch_size=config.batch_size, memory_batch_size=config.memory_batch_size)
     card = model_card(pipe)
     config = config or card.config()
     for concept in concepts:
@@ -209,7 +213,7 @@ def sequence_steps(
     sequence.pipeline(at=0)  # a sequence that goes on starts over from the base, and reads what is there
     for k, concept in enumerate(concepts, 1):
         step = None if folder is None else folder / f"step_{k:02d}_{concept.replace(' ', '-')}"
-        if step is not None and step.exists():
+        if step is not None and from_main(step.exists):
             run = UnlearningRun.load(step, pipe)
         else:
             if folder is not None and (other := next(folder.glob(f"step_{k:02d}_*"), None)):
@@ -276,10 +280,16 @@ def _open(
 ) -> dict[str, Tensor]:
     """Starts a directory, or checks that it was started by the same request; returns the base weights."""
     about = {"objective": objective.name, "config": asdict(config)}
-    if not (folder / "sequence.json").exists():
+
+    def start() -> bool:
+        if (folder / "sequence.json").exists():
+            return False
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: w.contiguous() for n, w in base.items()}, folder / "base.safetensors")
         (folder / "sequence.json").write_text(json.dumps(about, indent=1))  # last: it says that all is there
+        return True
+
+    if from_main(start):
         return base
     stored = json.loads((folder / "sequence.json").read_text())
     known = UnlearnConfig.from_json(json.dumps(stored["config"]))  # a later version may have more settings

@@ -49,6 +49,7 @@ from .lessons import (
 from .losses import estimate_importance, free_directions, prior_preservation_loss, regularization_loss
 from .models import ModelCard, check_reads_one_text, model_card
 from .plot import Plot
+from .processes import averaged, check_batches, from_main, is_main, launched
 
 
 @dataclass(frozen=True)
@@ -268,9 +269,11 @@ def unlearn_steps(
     ``low_memory`` its text encoder and autoencoder then come to the device by themselves, for that long.
 
     Raises UnknownConceptError for a concept that the model's card does not list, ValueError for a memory
-    that is empty or shows what is to go, DivergedError when a loss is no longer finite, OutOfMemoryError when
-    the device's memory is too small; after the last two the weights are put back as they were.
+    that is empty or shows what is to go, or for a batch that several processes cannot share equally,
+    DivergedError when a loss is no longer finite, OutOfMemoryError when the device's memory is too small;
+    after the last two the weights are put back as they were.
     """
+    check_batches(batch_size=config.batch_size, memory_batch_size=config.memory_batch_size)
     card = model_card(pipe)
     config = config or card.config()
     prompts, others = _questions(card, concept, earlier, objective, config)
@@ -326,8 +329,8 @@ def unlearn_steps(
             scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
             for step in range(1, config.iterations + 1):
-                forget = lessons.batch(config.batch_size, generator, device)
-                keep = memory_lessons.batch(config.memory_batch_size, generator, device)
+                forget = lessons.batch(config.batch_size, generator, device, shared=True)
+                keep = memory_lessons.batch(config.memory_batch_size, generator, device, shared=True)
                 # watched to the end of the backward pass: gradient checkpointing runs the layers again
                 with watching(unet, objective, config, memory.latents.shape[-2:]) as record:
                     with mixed:
@@ -343,6 +346,10 @@ def unlearn_steps(
                         norms = [_gradient_norm(v, trained) for v in losses.values()]
                     optimizer.zero_grad(set_to_none=True)
                     scaler.scale(loss).backward()
+                loss, *parts = averaged(torch.stack([loss, *losses.values()]).detach())
+                losses = dict(zip(losses, parts, strict=True))
+                for p in trained.values():
+                    p.grad = averaged(p.grad)
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
                 if not scaler.is_enabled() or not torch.isfinite(loss):  # a scaler skips steps that overflow
@@ -351,7 +358,7 @@ def unlearn_steps(
                 scaler.update()
                 for name, held in hold.items():
                     trained[name].data = held + (trained[name].data - held) @ free
-                values = [float(v.detach()) for v in (loss, *losses.values())]
+                values = [float(v) for v in (loss, *losses.values())]
                 with swapped(trained, {name: p.data.to(stored) for name, p in trained.items()}):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
                 send_away()
@@ -379,7 +386,8 @@ def _peak_memory(device: torch.device) -> float:
 
 def _gradient_norm(loss: Tensor, trained: dict[str, torch.nn.Parameter]) -> float:
     gradients = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
-    return float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
+    gradients = averaged([g for g in gradients if g is not None])
+    return float(torch.stack([g.float().norm() for g in gradients]).norm())
 
 
 @dataclass
@@ -394,6 +402,8 @@ class UnlearningRun:
         passes: pictures that went through the UNet, whatever for (a guided sampling step counts two).
         memory: the most that was ever in use, in MB: on CUDA of the GPU during this run, elsewhere of the
             process so far (nan where the system does not tell). What grows from run to run leaks.
+
+    Of several processes each counts its own ``passes`` and ``memory``.
     """
 
     pipe: StableDiffusionPipeline = field(repr=False)
@@ -423,7 +433,9 @@ class UnlearningRun:
 
         Raises FileExistsError rather than overwrite a folder, OSError when the disk is full.
         """
-        folder = Path(folder)
+        return from_main(lambda: self._write(Path(folder)))
+
+    def _write(self, folder: Path) -> Path:
         if folder.exists():
             raise FileExistsError(f"{folder} exists already: choose another folder, or remove it first")
         draft = folder.with_name(folder.name + ".part")
@@ -459,7 +471,7 @@ class UnlearningRun:
         from peft import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(self.pipe.unet, adapter_name=ADAPTER)
-        self.pipe.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+        from_main(lambda: self.pipe.save_lora_weights(folder, layers, safe_serialization=True))
         return Path(folder)
 
     @classmethod
@@ -511,6 +523,9 @@ def unlearn(
     Shows a progress bar; ``on_step(state)`` is called after every iteration. An interruption (the stop
     button) keeps what has been learned so far and returns the run; after any error the weights are as they
     were. For the other arguments and the errors see :func:`unlearn_steps`.
+
+    Under ``accelerate launch`` the processes share each batch and learn the same weights as one alone; an
+    interruption then ends them (:mod:`duge_lite.processes`).
     """
     started = time.perf_counter()
     config = config or model_card(pipe).config()
@@ -528,6 +543,7 @@ def unlearn(
         torch.cuda.reset_peak_memory_stats(pipe.unet.device)
     counter = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     steps = unlearn_steps(pipe, concept, config, memory, objective, base, earlier)
+    progress = progress and is_main()
     bar = tqdm(steps, total=config.iterations, desc=f"forgetting {concept}", disable=not progress)
     try:
         for state in bar:
@@ -536,6 +552,8 @@ def unlearn(
             if on_step is not None:
                 on_step(state)
     except KeyboardInterrupt:
+        if launched():  # each process was stopped somewhere else
+            raise
         if progress:
             bar.write(
                 f"stopped after {len(rows)} of {config.iterations} iterations; what was learned is kept"
