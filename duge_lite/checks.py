@@ -265,3 +265,15 @@ def beats(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "who is beaten on both counts need not be discussed further.")
+
+
+def training_megabytes(function: Callable) -> Verdict:
+    """Notebook 07: ``training_megabytes(weights)``, what learning adds to the GPU's memory, in MB."""
+    cases = [
+        Case((1_000_000,), 18.0, "Per weight: copy 4, gradient 4, two means 2 · 4, anchor 2 bytes."),
+        Case((0,), 0.0, "Nothing learns, nothing is added."),
+        Case((42_500_000,), 765.0, "It grows with the number of weights; a megabyte has a million bytes."),
+    ]
+    return examine(
+        function, cases, "all that for a few percent of the weights: imagine training all of them."
+    )

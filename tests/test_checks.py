@@ -17,6 +17,7 @@ CHECKERS = [
     checks.gone_and_kept,
     checks.recovery_time,
     checks.beats,
+    checks.training_megabytes,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
@@ -185,3 +186,9 @@ def test_beats_knows_equals_and_names():
     ):
         verdict = checks.beats(wrong)
         assert not verdict and hint in verdict.message, verdict
+
+
+def test_training_megabytes_counts_every_copy():
+    assert checks.training_megabytes(lambda weights: weights * 18 / 1e6)
+    forgot = checks.training_megabytes(lambda weights: weights * 14 / 1e6)
+    assert not forgot and "two means" in forgot.message
