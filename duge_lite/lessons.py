@@ -307,7 +307,7 @@ def ask_about_concept(
 ) -> Lessons:
     """The reference's answers about the concept; ``other`` (n, T, D) is the text that it is asked instead."""
     answers: tuple[Tensor, ...] = ()
-    size = config.batch_size
+    size = len(share(range(config.batch_size)))  # as many at once as in training
     for i in range(0, len(asked.noisy), size):
         part = slice(i, i + size)
         twice = (torch.cat([x[part]] * 2).to(unet.device) for x in (asked.noisy, asked.timesteps))
@@ -330,7 +330,7 @@ def ask_about_memory(unet: torch.nn.Module, asked: Noised, config: UnlearnConfig
     """What the prior loss wants for memory pictures: the reference's prediction, or the true noise."""
     answer, inputs = asked.truth, (asked.noisy, asked.timesteps, asked.encoder_hidden_states)
     if config.preserve == "reference":
-        size = config.memory_batch_size
+        size = len(share(range(config.memory_batch_size)))
         parts = [
             unet(*(x[i : i + size].to(unet.device) for x in inputs)).sample.cpu()
             for i in range(0, len(answer), size)

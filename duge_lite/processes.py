@@ -50,7 +50,7 @@ def is_main() -> bool:
 def share(items: Items) -> Items:
     """This process's part of ``items``, a sequence or a tensor; in their order the parts make up the whole.
 
-    Where there are fewer than processes, the last ones repeat the last item: the whole is then too long.
+    A process for which none is left repeats the last one, so that the whole has to be cut to its length.
     """
     if (state := launched()) is None:
         return items
@@ -73,7 +73,7 @@ def gathered(mine: list) -> list:
 
 
 def averaged(tensors: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    """The mean over the processes, detached, in every process."""
+    """The mean over the processes, in every process; of tensors without gradient."""
     return reduce(tensors, "mean") if launched() else tensors
 
 

@@ -194,8 +194,9 @@ def sequence_steps(
     Several processes (see :mod:`duge_lite.processes`) need a directory that all of them can read.
 
     Raises UnknownConceptError before anything is done, ValueError for a concept that comes twice or a
-    directory of another sequence or with a damaged file, and KeyboardInterrupt when it is stopped or OSError
-    when the disk is full: the unfinished request is taken back, the finished ones stay.
+    directory of another sequence or with a damaged file or a batch that the processes cannot share equally,
+    and KeyboardInterrupt when it is stopped or OSError when the disk is full: the unfinished request is taken
+    back, the finished ones stay.
     """
     check_batches(batch_size=config.batch_size, memory_batch_size=config.memory_batch_size)
     card = model_card(pipe)
