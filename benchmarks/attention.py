@@ -18,38 +18,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from common import stable_diffusion
+from diffusers import StableDiffusionPipeline
 
 import duge_lite as duge
 
 PROMPT = "a photo of an apple next to an umbrella"
-
-
-def sd14_size(device: torch.device) -> StableDiffusionPipeline:
-    """The UNet of Stable Diffusion 1.4 with random weights; the other parts are small."""
-    tokenizer = duge.load_pipeline("doodle").tokenizer
-    tokenizer.model_max_length = 77
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    unet = unet.to_empty(device=device).eval()
-    with torch.no_grad():
-        for p in unet.parameters():
-            p.uniform_(-0.02, 0.02)
-    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1, **ids)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4),
-        text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 def ways(pipe: StableDiffusionPipeline, steps: int, pixels: int) -> dict[str, Callable[[], int]]:
@@ -121,7 +95,7 @@ def main() -> None:
     if args.only != "sd14":
         measure("doodle-sd", duge.load_pipeline("doodle"), 20, 64, max(args.rounds, 15))
     if args.only != "doodle":
-        measure("Stable Diffusion 1.4 size", sd14_size(device), args.steps, args.pixels, args.rounds)
+        measure("Stable Diffusion 1.4 size", stable_diffusion(device), args.steps, args.pixels, args.rounds)
 
 
 if __name__ == "__main__":

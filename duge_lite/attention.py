@@ -231,10 +231,16 @@ class AttentionRecorder:
     probs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, Size] = field(default_factory=dict)
+    stopped: bool = False
 
     def clear(self) -> None:
         self.probs.clear()
         self.outputs.clear()
+
+    def stop(self) -> None:
+        """Lets go of everything, and records no more: gradient checkpointing runs the layers again."""
+        self.clear()
+        self.stopped = True
 
 
 @contextmanager
@@ -266,6 +272,8 @@ def record_attention(
 
     def sink_of(name: str) -> Sink:
         def sink(p: Tensor, out: Tensor) -> None:
+            if recorder.stopped:
+                return
             if name not in recorder.sizes or math.prod(recorder.sizes[name]) != p.shape[2]:
                 recorder.sizes[name] = layer_size(p.shape[2], recorder.size)
             if probs:

@@ -112,6 +112,8 @@ def load_pipeline(
     if pipe.vae.dtype != dtype:  # diffusers hands it latents in the denoiser's precision
         first = pipe.vae.post_quant_conv
         first.register_forward_pre_hook(lambda conv, args: (args[0].to(conv.weight.dtype),))
+    if not is_doodle:
+        pipe.vae.enable_slicing()  # decodes picture by picture, which takes less memory and no more time
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

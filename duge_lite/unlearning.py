@@ -248,6 +248,8 @@ def batch_losses(
     size = len(forget.noisy)
     learner = passed(noise_pred, record, slice(size))
     loss = objective.loss(learner, forget.wanted)
+    if record is not None:
+        record.stop()  # or it would hold on to all that the backward pass computes again
     return loss, prior_preservation_loss(noise_pred[size:], keep.wanted[0])
 
 
@@ -343,7 +345,8 @@ def unlearn_steps(
                     loss = sum(w * v for w, v in zip(weights, losses.values(), strict=True))
                     norms = []
                     if config.measure_every and (step - 1) % config.measure_every == 0:
-                        norms = [_gradient_norm(v, trained) for v in losses.values()]
+                        scaled = [_gradient_norm(scaler.scale(v), trained) for v in losses.values()]
+                        norms = [norm / scaler.get_scale() for norm in scaled]  # 16 bits would lose them
                     optimizer.zero_grad(set_to_none=True)
                     scaler.scale(loss).backward()
                 loss, *parts = averaged(torch.stack([loss, *losses.values()]).detach())

@@ -429,6 +429,16 @@ def test_sixteen_bits(clip_tokenizer, dtype):
         np.testing.assert_allclose(maps.astype(np.float32).sum(axis=1), 1, atol=5e-3)
 
 
+def test_a_recorder_that_was_stopped_holds_nothing(pipe):
+    """Gradient checkpointing runs the layers a second time, when nobody asks any more."""
+    with torch.no_grad(), record_attention(pipe.unet, outputs=True) as record:
+        forward(pipe.unet)
+        assert len(record.probs) == len(record.outputs) == len(record.layers)
+        record.stop()
+        forward(pipe.unet)
+    assert not record.probs and not record.outputs
+
+
 def test_maps_stay_in_32_bits_under_autocast(pipe):
     """Autocast would multiply queries and keys in 16 bits, whatever they are."""
     with torch.autocast("cpu", torch.bfloat16), duge.record_attention(pipe.unet) as record:
