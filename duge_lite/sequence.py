@@ -198,9 +198,9 @@ def sequence_steps(
     and KeyboardInterrupt when it is stopped or OSError when the disk is full: the unfinished request is taken
     back, the finished ones stay.
     """
-    check_batches(batch_size=config.batch_size, memory_batch_size=config.memory_batch_size)
     card = model_card(pipe)
     config = config or card.config()
+    check_batches(batch_size=config.batch_size, memory_batch_size=config.memory_batch_size)
     for concept in concepts:
         card.check(concept)
     if len(set(concepts)) != len(concepts):

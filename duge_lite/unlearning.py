@@ -275,9 +275,9 @@ def unlearn_steps(
     DivergedError when a loss is no longer finite, OutOfMemoryError when the device's memory is too small;
     after the last two the weights are put back as they were.
     """
-    check_batches(batch_size=config.batch_size, memory_batch_size=config.memory_batch_size)
     card = model_card(pipe)
     config = config or card.config()
+    check_batches(batch_size=config.batch_size, memory_batch_size=config.memory_batch_size)
     prompts, others = _questions(card, concept, earlier, objective, config)
     if memory is not None:
         check_memory(card, memory, [*earlier, concept])
