@@ -51,6 +51,7 @@ def with_base(pipe, base: dict[str, torch.Tensor]):
     return pipe
 
 
+@pytest.mark.slow
 def test_each_request_starts_from_the_last_model(tiny_pipe):
     base, after = weights(tiny_pipe), []
     for so_far in sequence_steps(tiny_pipe, THREE, TINY, progress=False):
@@ -62,6 +63,7 @@ def test_each_request_starts_from_the_last_model(tiny_pipe):
     assert not same(after[0], after[1]) and not same(after[1], after[2])
 
 
+@pytest.mark.slow
 def test_any_model_along_the_way_can_be_opened(tiny_pipe):
     base, after = weights(tiny_pipe), []
     for so_far in sequence_steps(tiny_pipe, THREE, TINY, progress=False):
@@ -181,6 +183,7 @@ def test_pictures_are_drawn_by_the_model_whose_answers_count(tiny_pipe, drawn):
         assert same(first[1], base) and not same(second[1], base) and len(first[0]) == len(second[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["cross_attention", "lora"])
 @pytest.mark.parametrize("when", [1, 3, 4])
 def test_a_sequence_that_was_killed_goes_on_to_the_same_weights(

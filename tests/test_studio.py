@@ -62,6 +62,7 @@ def until(condition, seconds: float = 60) -> None:
 # ---------------------------------------------------------------------------- run, stop, undo
 
 
+@pytest.mark.slow
 def test_a_run_learns_what_unlearn_learns(app, tiny_master):
     from conftest import with_own_unet
 
@@ -77,6 +78,7 @@ def test_a_run_learns_what_unlearn_learns(app, tiny_master):
     assert equal(base, weights(app)) and app.undo.disabled and "Run 1 is undone" in app.message.value
 
 
+@pytest.mark.slow
 def test_two_runs_and_two_undos_walk_back(app):
     start = weights(app)
     run(app, "apple")
@@ -120,6 +122,7 @@ def test_stop_before_the_first_iteration_changes_nothing(app, monkeypatch):
     assert not app.rows and not app.run.disabled and app.undo.disabled
 
 
+@pytest.mark.slow
 def test_the_kernel_stays_free_and_two_studios_take_turns(app, tiny_judge):
     other = unlearning_studio(app.pipe, SMALL, judge=tiny_judge)
     app.iterations.value = 100_000
@@ -218,6 +221,7 @@ def test_a_loss_that_is_off_weighs_nothing(app):
     assert app.runs[0].config.lambda_prior == 0 and app.weight["prior"].disabled
 
 
+@pytest.mark.slow
 def test_the_table_compares_runs_and_escapes_text(app):
     run(app, "apple")
     app.undo.click()

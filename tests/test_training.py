@@ -235,6 +235,7 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(trained, tmp_
     assert_same_weights(tmp_path / "out", out, count=5)
 
 
+@pytest.mark.slow
 def test_in_its_last_steps_the_denoiser_sees_two_objects_in_every_other_picture(
     tokenizer, tiny_master, tmp_path
 ):

@@ -266,6 +266,7 @@ def test_loss_is_the_weighted_sum(forget):
     assert h.prior.iloc[-1] > 0 and h.regularization.iloc[-1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", ["lambda_attention", "lambda_prior", "lambda_regularization"])
 def test_each_loss_can_be_switched_off(tiny_pipe, forget, off):
     losses = {"lambda_attention": 0.0, "lambda_prior": 0.0, "lambda_regularization": 0.0}
@@ -290,6 +291,7 @@ def test_without_the_prior_loss_the_memory_does_not_matter(tiny_pipe, tiny_memor
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
 
 
+@pytest.mark.slow
 def test_regularization_holds_the_weights(tiny_pipe, forget):
     ends = []
     for pull in (0.0, 1e6):
@@ -302,6 +304,7 @@ def test_regularization_holds_the_weights(tiny_pipe, forget):
 # One seed, one result; and the way back
 
 
+@pytest.mark.slow
 def test_one_seed_one_result_bit_for_bit(tiny_pipe, forget):
     results = []
     for seed, noise in ((3, 11), (3, 22), (4, 33)):
@@ -542,6 +545,7 @@ def test_a_bf16_pipeline_learns_and_stays_bf16(bf16_pipe, forget):
     assert not changed(bf16_pipe, before)
 
 
+@pytest.mark.slow
 def test_bf16_follows_the_path_of_fp32(bf16_pipe, tiny_memory, forget):
     """The learner's pass must use the learner's weights, also under autocast, which caches."""
     full = forget(iterations=6).history
@@ -551,6 +555,7 @@ def test_bf16_follows_the_path_of_fp32(bf16_pipe, tiny_memory, forget):
     assert half.prior.iloc[1:].tolist() == pytest.approx(full.prior.iloc[1:].tolist(), rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_callers_autocast_is_used_and_sees_the_new_weights(tiny_pipe, forget):
     def look() -> torch.Tensor:
         return duge.sample(tiny_pipe, "a photo of an apple", steps=2, latents=True)
@@ -568,6 +573,7 @@ def test_a_callers_autocast_is_used_and_sees_the_new_weights(tiny_pipe, forget):
     assert run.history.forget.tolist() == pytest.approx(full.history.forget.tolist(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_bf16_pipeline_can_be_watched(bf16_pipe, forget):
     def look(state=None) -> torch.Tensor:
         previews.append(duge.sample(bf16_pipe, "a photo of a car", steps=2, latents=True))
@@ -690,6 +696,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_pipe, forget, ma
         torch.testing.assert_close(p, learned[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"match": "probs", "measure_every": 1}, {"train": "lora"}])
 def test_low_memory_changes_no_result(tiny_pipe, forget, changes):
     plain = forget(**changes)
@@ -733,6 +740,7 @@ def test_low_memory_recomputes_offloads_and_tidies_up(tiny_pipe, tiny_memory, fo
     assert not any(hasattr(module, "_hf_hook") for module in idle)
 
 
+@pytest.mark.slow
 def test_no_second_denoiser_in_memory(tiny_pipe, tiny_memory, forget):
     """Only what learns has copies: weights before, the start, the anchor."""
     shape, kinds = tiny_pipe.unet.conv_in.weight.shape, (torch.Tensor, torch.nn.Parameter)
@@ -767,6 +775,7 @@ def test_lora_learns_beside_the_weights(tiny_pipe, forget, match):
     run.restore()  # twice does no harm
 
 
+@pytest.mark.slow
 def test_lora_follows_its_seed_alone(tiny_pipe, forget):
     results = []
     for noise in (1, 2):
@@ -789,6 +798,7 @@ def test_lora_that_fails_leaves_no_adapter(tiny_pipe, tiny_memory, forget):
     assert footprint(tiny_pipe) == state
 
 
+@pytest.mark.slow
 def test_a_second_lora_run_goes_on_from_the_first(tiny_pipe, forget):
     def answer() -> torch.Tensor:
         return duge.sample(tiny_pipe, "a photo of a car", steps=2, latents=True)
@@ -900,6 +910,7 @@ def test_plain_diffusers_draws_the_same(tiny_pipe, forget, tmp_path):
 # Sequences and styles
 
 
+@pytest.mark.slow
 def test_the_base_can_be_the_reference(tiny_pipe, tiny_memory):
     """After one request, the base's answers differ from those of the model as it is."""
     config = tiny(iterations=1)
@@ -921,6 +932,7 @@ def test_the_base_can_be_the_reference(tiny_pipe, tiny_memory):
     assert firsts["anchor", "base"].regularization > 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("concept", "without", "expected"),
     [
