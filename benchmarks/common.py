@@ -61,9 +61,7 @@ def stable_diffusion(
     with torch.device(device):
         encoder, autoencoder = CLIPTextModel(text).to(dtype).eval(), AutoencoderKL(**vae).eval()
     pipe = StableDiffusionPipeline(
-        vae=autoencoder.to(
-            torch.float32 if dtype == torch.float16 else dtype
-        ),  # as load_pipeline() does
+        vae=autoencoder.to(torch.float32 if dtype == torch.float16 else dtype),  # as load_pipeline() does
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=denoiser,
