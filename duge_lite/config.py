@@ -65,9 +65,9 @@ class UnlearnConfig:
         grad_clip: largest norm of the gradient.
         low_memory: for a small GPU: recompute activations in the backward pass (about a third slower), and
             keep the text encoder and the autoencoder in main memory while nobody uses them. It changes no
-            result, so it does not imply train="lora", which does and saves a little more. At 512 px, 2 + 2
-            pictures, an iteration of Stable Diffusion 1.4 is estimated at 6.6 GiB without and 3.9 GiB with
-            it, and at 3.2 GiB with both (benchmarks/results/gpu-estimate.txt).
+            result, so it does not imply train="lora", which does and saves a little more. Estimated for an
+            iteration of Stable Diffusion 1.4 at 512 px with 2 + 2 pictures: 7.4 GiB without, 3.5 GiB with it,
+            2.8 GiB with both, and one or two for CUDA (benchmarks/results/gpu-estimate.txt).
         measure_every: measure the gradient norm of each loss at every so-manieth iteration; 0 for never
             (each measurement costs about as much as an iteration).
         seed: of the pictures, the noise and the order; one seed, one result.
