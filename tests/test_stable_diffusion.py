@@ -76,6 +76,7 @@ def test_what_has_no_label_is_left_out_by_default_and_named_when_asked_for(pipe)
                 ask(name)
 
 
+@pytest.mark.slow
 def test_a_sequence_is_measured_by_what_can_be_counted(pipe):
     sequence = duge.unlearn_sequence(pipe, ["apple", "umbrella"], TINY, progress=False)
     matrix = sequence.matrix(**QUICK)
