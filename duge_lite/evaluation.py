@@ -82,13 +82,13 @@ class Judge:
 
         Raises UnknownConceptError for a label that this judge was not taught.
         """
+        known, rows = self.labels, []
         for label in labels or ():
-            if label not in self.labels:
-                raise UnknownConceptError(label, self.labels, what="label of this judge")
-        rows = []
+            if label not in known:
+                raise UnknownConceptError(label, known, what="label of this judge")
         for start in range(0, len(images), 128):
             rows.append(self.model(self.pixels(images[start : start + 128])).logits.float().cpu())
-        frame = pd.DataFrame(torch.cat(rows).numpy(), columns=self.labels)
+        frame = pd.DataFrame(torch.cat(rows).numpy(), columns=known)
         return frame if labels is None else frame[list(labels)]
 
     def knows(self, concept: str) -> bool:
