@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm, PowerNorm
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from .doodles.draw import OBJECTS, STYLES, draw
@@ -286,9 +286,10 @@ def trade_off(
 ) -> Plot:
     """A point per row of ``table``, whose two columns are drawn to the right and up; more of both is better.
 
-    Rows on the Pareto front (:func:`pareto_front`) are filled, rows that another one beats are hollow.
+    Rows on the Pareto front (:func:`pareto_front`, of whole percents: less is a picture or two) are filled,
+    rows that another one beats are hollow. Both axes span at least twenty percents: noise stays small.
     """
-    front = pareto_front(table)
+    front = pareto_front(table.round(2))
     figure = Plot(figsize=(9, max(3.4, 0.28 * len(table))), dpi=100, layout="constrained")
     axes = figure.subplots()
     x, y = table.columns
@@ -308,11 +309,14 @@ def trade_off(
             va="center",
             arrowprops=dict(arrowstyle="-", color=ACCENT, lw=0.7, alpha=0.45, relpos=(0, 0.5), shrinkB=5),
         )
-    axes.margins(0.08)
+    low, high = np.minimum(table.min(), table.max() - 0.2), table.max()
+    pad = 0.06 * (high - low)
+    axes.set(xlim=(low[x] - pad[x], high[x] + pad[x]), ylim=(low[y] - pad[y], high[y] + pad[y]))
     axes.set_xlabel(axes_labels[0], fontsize=9)
     axes.set_ylabel(axes_labels[1], fontsize=9)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
