@@ -7,7 +7,8 @@
 
 Each cell (setting, order, seed) forgets the whole sequence; then the judge reads every model along the way
 on the same seeds, and the accuracy matrix becomes UA, IRA, CRA and their harmonic mean; KID and CLIP score
-say what accuracy does not see. Every request has half of the default budget (75 iterations, 64 pictures
+say what accuracy does not see, and "back door" how often the name of an object that went draws another one
+that went. Every request has half of the default budget (75 iterations, 64 pictures
 in the memory), the same for all methods, so that a cell takes a quarter of an hour on one core; the row
 "DUGE, full budget" says what the other half is worth. One line of json per cell; half-done sequences are
 kept in ``results/continual.work`` until their line is written. "all at once" has the budget of the whole
@@ -17,7 +18,8 @@ sequence for one request; the oracle is a denoiser trained without all twelve, w
     python -m duge_lite.doodles.train --name final --compile --without apple umbrella car sunglasses \\
         broccoli "traffic light" goldfish harp house broom neon mosaic
 
-The pictures that are judged are drawn under bfloat16 autocast, which is quicker on processors that have it.
+Everything is learned and drawn under bfloat16 autocast, as on a GPU (the weights stay in 32 bits): two thirds
+of the time on a processor that has it.
 """
 
 import argparse
@@ -25,16 +27,19 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 import duge_lite as duge
-from duge_lite import baselines
-from duge_lite.evaluation import sequence_metrics
+from duge_lite import baselines, visualize_sequence
+from duge_lite.evaluation import clip_score, kid, sequence_metrics
 from duge_lite.lessons import DUGE, Objective
-from duge_lite.plot import Plot
+from duge_lite.models import default_device
 from duge_lite.sequence import UnlearningSequence, unlearn_sequence
 from duge_lite.unlearning import UnlearnConfig, unlearn
 
@@ -67,6 +72,8 @@ ORDERS = (
 )
 STYLES = ("neon", "mosaic")
 SEEDS = (0, 1)
+STEPS = 10  # of DDIM, for the pictures that are judged
+SHOWN = ("orange", "parachute", "airplane", "bow tie", "tree", "backpack", "star", "apple", "car", "broccoli")
 UCE, AT_ONCE, ORACLE = "UCE", "all at once", "oracle"
 
 
@@ -81,6 +88,7 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective]]:
         "DUGE, without prior": (replace(c, lambda_prior=0.0), DUGE),
         "DUGE, without regularization": (replace(c, lambda_regularization=0.0), DUGE),
         "DUGE, without revisits": (replace(c, revisit=0.0), DUGE),
+        "DUGE, without exchange": (replace(c, exchange=0.0), DUGE),
         "DUGE, previous": (replace(c, reference="previous", anchor="previous"), DUGE),
         "DUGE, fisher": (replace(c, regularizer="fisher"), DUGE),
         "DUGE, protected words": (replace(c, protect=0.99), DUGE),
@@ -98,6 +106,8 @@ def forget(pipe, name: str, requests: tuple[str, ...], seed: int, folder: Path) 
     """The sequence of models; a single one for what knows no order."""
     config, objective = settings()[name]
     config = replace(config, seed=seed)
+    if name == UCE:
+        return closed_form(pipe, requests, config)
     if name == AT_ONCE:
         n = len(requests)
         whole = {"iterations": n * config.iterations, "target_size": n * config.target_size}
@@ -107,8 +117,10 @@ def forget(pipe, name: str, requests: tuple[str, ...], seed: int, folder: Path) 
         sequence = UnlearningSequence(pipe, config, run.before)
         sequence.append(run)
         return sequence
-    if name != UCE:
-        return unlearn_sequence(pipe, requests, config, folder, objective, progress=False)
+    return unlearn_sequence(pipe, requests, config, folder, objective, progress=False)
+
+
+def closed_form(pipe, requests: tuple[str, ...], config: UnlearnConfig) -> UnlearningSequence:
     card, sequence = duge.model_card(pipe), None
     for k, concept in enumerate(requests):
         kept = [c for c in card.forgettable if c not in requests[: k + 1]]
@@ -119,33 +131,68 @@ def forget(pipe, name: str, requests: tuple[str, ...], seed: int, folder: Path) 
 
 
 def accuracies(pipe, judge: duge.Judge, images: int) -> pd.Series:
-    with torch.autocast(pipe.device.type, torch.bfloat16):
-        return duge.evaluate(pipe, duge.model_card(pipe).forgettable, images, judge=judge, steps=10).accuracy
+    return duge.evaluate(pipe, duge.model_card(pipe).forgettable, images, judge=judge, steps=STEPS).accuracy
+
+
+def watched(requests: int) -> list[int]:
+    """After which requests the judge looks: the first two, and then every other one."""
+    return sorted({0, 1, *range(2, requests, 2), requests})
+
+
+def show(pipe, path: Path) -> None:
+    """A strip of pictures, one per concept of SHOWN, on the same seed for every model."""
+    prompts = [duge.model_card(pipe).prompt(c) for c in SHOWN]
+    strip = np.hstack(duge.sample(pipe, prompts, seed=7, steps=2 * STEPS))
+    Image.fromarray(strip).save(path, optimize=True)
+
+
+def back_door(pipe, gone: list[str], judge: duge.Judge, images: int) -> float:
+    """How often the name of one object that went draws another one that went."""
+    asked, card = [c for c in gone for _ in range(images)], duge.model_card(pipe)
+    drawn = duge.sample(pipe, [card.prompt(c) for c in asked], seed=500, steps=STEPS)
+    found = judge.names(drawn, card.concepts)
+    return sum(f in gone and f != a for f, a in zip(found, asked, strict=True)) / len(asked)
 
 
 def measure(
-    name: str, requests: tuple[str, ...], seed: int, folder: Path, judge: duge.Judge, images: int
+    name: str,
+    requests: tuple[str, ...],
+    seed: int,
+    folder: Path,
+    judge: duge.Judge,
+    images: int,
+    strip: Path | None,
 ) -> dict:
     pipe = duge.load_pipeline()
     card = duge.model_card(pipe)
+    started = time.process_time()
     if name == ORACLE:
-        rows = [accuracies(p, judge, images) for p in (pipe, duge.load_oracle(pipe, "final"))]
-        costs, quality = {}, pd.DataFrame(columns=["KID", "CLIP"], index=range(2))
+        models, costs = {0: lambda: pipe, len(requests): lambda: duge.load_oracle(pipe, "final")}, {}
     else:
-        started = time.process_time()
         sequence = forget(pipe, name, requests, seed, folder)
         costs = {"cpu": time.process_time() - started, "seconds": sequence.costs().seconds.round(1).tolist()}
-        rows = [accuracies(sequence.pipeline(at=k), judge, images) for k in range(len(sequence.runs) + 1)]
-        stay = [c for c in card.concepts if c not in requests]
-        with torch.autocast(pipe.device.type, torch.bfloat16):
-            quality = sequence.quality(stay, images, steps=10, judge=judge)
-    matrix = pd.DataFrame(rows[:1] * (len(requests) + 1 - len(rows)) + rows)  # one model for all: the last
-    metrics = sequence_metrics(matrix, requests, card).tail(len(rows) - 1)
-    for column in quality:
-        metrics[column] = quality[column].tolist()[1:]
-    about = {"KID of the base": quality.KID[0], "CLIP of the base": quality.CLIP[0]} | costs
-    table = {c: column.tolist() for c, column in matrix.items()}
-    return about | {"matrix": table, "metrics": json.loads(metrics.reset_index().to_json(orient="records"))}
+        if len(sequence.runs) == 1:
+            models = {0: lambda: sequence.pipeline(at=0), len(requests): lambda: sequence.pipeline(at=1)}
+        else:
+            models = {k: partial(sequence.pipeline, at=k) for k in watched(len(requests))}
+    prompts = [card.prompt(c) for c in card.concepts if c not in requests for _ in range(images)]
+    rows = {k: accuracies(model(), judge, images) for k, model in models.items()}
+    matrix = pd.DataFrame(rows).T.reindex(range(len(requests) + 1)).ffill()
+    metrics = sequence_metrics(matrix, requests, card).loc[list(rows)[1:]]
+    about = costs | {"after": list(rows)}
+    others = duge.sample(models[0](), prompts, seed=len(prompts), steps=STEPS)
+    for which, model in (("base", models[0]), ("last", models[len(requests)])):
+        drawn = duge.sample(model(), prompts, seed=0, steps=STEPS)
+        about[f"KID {which}"] = kid(others, drawn, judge)
+        about[f"CLIP {which}"] = float(clip_score(drawn, prompts).mean())
+    about["back door"] = back_door(model(), [c for c in requests if c in card.concepts], judge, 2 * images)
+    if strip:
+        show(model(), strip)
+    table = {c: column.tolist() for c, column in matrix.loc[list(rows)].items()}
+    return about | {
+        "matrix": table,
+        "metrics": json.loads(metrics.reset_index().to_json(orient="records")),
+    }
 
 
 def oracle() -> bool:
@@ -158,28 +205,21 @@ def read(path: Path) -> list[dict]:
 
 def summarise(path: Path) -> None:
     """Prints the metrics after the last request (mean over orders and seeds); draws them over requests."""
-    rows = [{"setting": c["setting"], **row} for c in read(path) for row in c["metrics"]]
+    cells = read(path)
+    rows = [{"setting": c["setting"], **row} for c in cells for row in c["metrics"]]
     if not rows:
         return
-    frame = pd.DataFrame(rows)
-    measures = ["UA", "IRA", "CRA", "HM", "revival", "forgetting", "KID", "CLIP"]
-    means = frame.groupby(["setting", "after"], sort=False)[measures].mean()
+    means = pd.DataFrame(rows).drop(columns="request").groupby(["setting", "after"], sort=False).mean()
     last = means.groupby(level="setting", sort=False).tail(1).reset_index("after")
+    once = ["back door", "KID last", "KID base", "CLIP last", "CLIP base", "cpu"]
+    extra = pd.DataFrame(cells, columns=["setting", *once]).groupby("setting", sort=False)
+    last = last.join(extra[once].mean())
+    last.insert(0, "cells", extra.size())
     print(last.round(3).to_string())
     last.round(4).to_csv(path.with_suffix(".csv"))
-    figure = Plot(figsize=(11, 3.4), dpi=100, layout="constrained")
-    for axes, measure in zip(figure.subplots(1, 4, sharey=True), measures, strict=False):
-        for i, (name, part) in enumerate(means.groupby(level="setting", sort=False)):
-            after = part.index.get_level_values("after")
-            ours = name.startswith("DUGE")
-            axes.plot(
-                after, part[measure], "-" if ours else "--", marker="os^vDP*X<>h"[i % 11], ms=4, label=name
-            )
-        axes.set(title=measure, xlabel="requests", ylim=(-0.03, 1.03))
-        axes.grid(alpha=0.25)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.suptitle("One concept after another: what is gone (UA) and what is left (IRA, CRA)", fontsize=11)
-    path.with_suffix(".png").write_bytes(figure.png())
+    tables = {name: means.loc[name] for name in last.index if "," not in name}
+    title = "One concept after another: what is gone (UA), and what is left"
+    path.with_suffix(".png").write_bytes(visualize_sequence.metrics_over_requests(tables, title=title).png())
 
 
 def main() -> None:
@@ -192,7 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "continual.jsonl")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix("").mkdir(parents=True, exist_ok=True)
     known, only = settings(), args.only or [""]
     parts = [[o] if o in known else [n for n in known if o in n] for o in only]
     chosen = dict.fromkeys(name for names in parts for name in names)
@@ -204,6 +244,8 @@ def main() -> None:
         for name in chosen
     ]
     judge = duge.Judge.load()
+    if not args.table:
+        show(duge.load_pipeline(), args.out.with_suffix("") / "base.png")
     for name, requests, seed in [] if args.table else cells:
         needless = name == ORACLE and (seed != SEEDS[0] or requests[0] != ORDERS[0][0] or not oracle())
         if (name, requests, seed) in done or needless:
@@ -213,7 +255,10 @@ def main() -> None:
             " ", "-"
         )
         cell = {"setting": name, "requests": requests, "seed": seed, "images": args.images}
-        cell |= measure(name, requests, seed, folder, judge, args.images)
+        kept = seed == SEEDS[0] and requests[0] == ORDERS[0][0]  # one order's pictures are enough to look at
+        strip = args.out.with_suffix("") / f"{name}.png" if kept else None
+        with torch.autocast(default_device().type, torch.bfloat16):
+            cell |= measure(name, requests, seed, folder, judge, args.images, strip)
         with args.out.open("a") as file:
             file.write(json.dumps(cell) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
