@@ -89,6 +89,7 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective]]:
         "DUGE, without regularization": (replace(c, lambda_regularization=0.0), DUGE),
         "DUGE, without revisits": (replace(c, revisit=0.0), DUGE),
         "DUGE, without exchange": (replace(c, exchange=0.0), DUGE),
+        "DUGE, half revisits": (replace(c, revisit=0.5), DUGE),
         "DUGE, previous": (replace(c, reference="previous", anchor="previous"), DUGE),
         "DUGE, fisher": (replace(c, regularizer="fisher"), DUGE),
         "DUGE, protected words": (replace(c, protect=0.99), DUGE),
@@ -169,8 +170,10 @@ def measure(
     if name == ORACLE:
         models, costs = {0: lambda: pipe, len(requests): lambda: duge.load_oracle(pipe, "final")}, {}
     else:
+        resumed = folder.exists()
         sequence = forget(pipe, name, requests, seed, folder)
-        costs = {"cpu": time.process_time() - started, "seconds": sequence.costs().seconds.round(1).tolist()}
+        costs = {"seconds": sequence.costs().seconds.round(1).tolist()}
+        costs["cpu"] = None if resumed else time.process_time() - started
         if len(sequence.runs) == 1:
             models = {0: lambda: sequence.pipeline(at=0), len(requests): lambda: sequence.pipeline(at=1)}
         else:

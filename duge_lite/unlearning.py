@@ -215,6 +215,8 @@ def _questions(
 ) -> tuple[list[str], list[str], list[str]]:
     """Prompts of the concept and a share of earlier ones; what the reference is asked in their place; and
     the same sentences with the name of another one of these concepts (of the same kind), for an exchange.
+
+    No sentence names two that are to go: what the reference says without the one would teach the other again.
     """
     if objective.anchor and (card.check(objective.anchor) in card.styles) != (concept in card.styles):
         raise ValueError(f"anchor {objective.anchor!r} for {concept!r}: choose a style for a style only")
@@ -225,6 +227,8 @@ def _questions(
         if objective.anchor and name == concept:
             others = card.prompts(objective.anchor)
         rows = [(name, i, *pair) for i, pair in enumerate(zip(prompts, others, strict=True))]
+        gone = {text for other in (*earlier, concept) if other != name for text in card.prompts(other)}
+        rows = [row for row in rows if row[2] not in gone] or rows
         return (rows * -(-count // len(rows)))[:count]
 
     old = round(config.revisit * config.target_size) if earlier else 0

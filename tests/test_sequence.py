@@ -183,6 +183,14 @@ def test_an_exchange_says_the_same_with_another_name_that_went(tiny_pipe):
     assert exchanged[-10:] == prompts[-10:], "nobody but neon went among the styles"
 
 
+def test_no_sentence_about_what_goes_names_something_else_that_went(tiny_pipe, drawn):
+    """Without the style, a neon apple would be asked for as an apple, and the apple would come back."""
+    forget(tiny_pipe, ("apple", "neon"), dataclasses.replace(TINY, target_size=40, revisit=0.5))
+    neon, apples = drawn["concept"][1][0][:20], drawn["concept"][1][0][20:]
+    assert not any("apple" in text for text in neon) and all("apple" in text for text in apples)
+    assert not any("neon" in text for text in apples)
+
+
 @pytest.mark.slow
 def test_an_exchange_begins_with_the_second_request(tiny_pipe):
     runs = []
