@@ -42,9 +42,10 @@ def esd(negative_guidance: float = 1.0, partial: bool = True) -> Objective:
     return Objective("ESD", target, _predicts, "arXiv 2303.07345", partial=partial)
 
 
-def concept_ablation(anchor: str) -> Objective:
-    """Ablating concepts: answer for the concept what the reference answers for ``anchor``.
+def concept_ablation(*anchors: str) -> Objective:
+    """Ablating concepts: answer for the concept what the reference answers for an anchor of the same kind.
 
+    ``anchors`` are an object, a style, or one of each for a sequence that asks for both to go.
     Kumari et al., arXiv 2303.13516, the model-based variant. Differs from the paper: pictures show the
     concept, not the anchor, as for every other method here.
     """
@@ -52,7 +53,7 @@ def concept_ablation(anchor: str) -> Objective:
     def target(concept: Pass, other: Pass, noise: Tensor, config: UnlearnConfig) -> tuple[Tensor, ...]:
         return (other.noise_pred,)
 
-    return Objective(f"ablation to {anchor}", target, _predicts, "arXiv 2303.13516", anchor=anchor)
+    return Objective(f"ablation to {' or '.join(anchors)}", target, _predicts, "arXiv 2303.13516", anchors)
 
 
 def gradient_ascent() -> Objective:

@@ -59,9 +59,6 @@ class UnlearnConfig:
             arithmetic, Ilharco et al., arXiv 2212.04089), instead of going on from the last model.
         revisit: share of the concept's pictures that show concepts of earlier requests, so that they do not
             come back; 0 for never (ours).
-        exchange: after earlier requests, the share of these pictures that the learner is asked about by the
-            name of another concept that went, or an umbrella that went would now and then be an apple that
-            went: what draws without a name draws those, too; 0 for never (ours).
         train: "cross_attention", "kv", "qk", "full", or "lora" (low-rank updates of the cross-attention by
             peft; ``run.export_lora(folder)`` writes them for plain diffusers).
         rank: of the LoRA updates.
@@ -96,8 +93,7 @@ class UnlearnConfig:
     anchor: str = "base"
     protect: float = 0.0
     merge: bool = False
-    revisit: float = 0.25
-    exchange: float = 0.5
+    revisit: float = 0.5
     train: str = "cross_attention"
     rank: int = 8
     grad_clip: float = 1.0
@@ -118,9 +114,8 @@ class UnlearnConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected 0 (off) or more")
         if not 0 <= self.revisit < 1:
             raise ValueError(f"revisit = {self.revisit}: expected a share from 0 (never) to below 1")
-        for name in ("protect", "exchange"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected a share from 0 (off) to 1")
+        if not 0 <= self.protect <= 1:
+            raise ValueError(f"protect = {self.protect}: expected a share from 0 (off) to 1")
         if self.train == "lora" and (self.protect or self.merge):
             raise ValueError('train = "lora" goes with neither protect nor merge: its factors do not add up')
         if not isinstance(self.measure_every, int) or self.measure_every < 0:

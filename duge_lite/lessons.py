@@ -216,7 +216,8 @@ class Objective:
         loss: a scalar, from the learning model's pass and the target: a mean over the pictures, so that
             several processes can share them.
         source: where it comes from.
-        anchor: a concept that the reference is asked for instead; None for the empty prompt.
+        anchors: an object that the reference is asked for in place of an object, and a style for a style;
+            without one, ``config.without`` says what it is asked.
         looks_at_attention: whether the layers have to be recorded.
         partial: noisy pictures are caught half-drawn, not drawn and then noised; the true answer is then
             zero.
@@ -226,7 +227,7 @@ class Objective:
     target: Callable[[Pass, Pass, Tensor, UnlearnConfig], tuple[Tensor, ...]]
     loss: Callable[[Pass, tuple[Tensor, ...]], Tensor]
     source: str
-    anchor: str | None = None
+    anchors: tuple[str, ...] = ()
     looks_at_attention: bool = False
     partial: bool = False
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
@@ -212,37 +212,35 @@ def _drop_idle_adapter(unet: torch.nn.Module) -> None:
 
 def _questions(
     card: ModelCard, concept: str, earlier: Sequence[str], objective: Objective, config: UnlearnConfig
-) -> tuple[list[str], list[str], list[str]]:
-    """Prompts of the concept and a share of earlier ones; what the reference is asked in their place; and
-    the same sentences with the name of another one of these concepts (of the same kind), for an exchange.
+) -> tuple[list[str], list[str]]:
+    """Prompts of the concept and a share of earlier ones; and what the reference is asked in their place.
 
-    No sentence names two that are to go: what the reference says without the one would teach the other again.
+    No prompt names two that are to go: what the reference says without the one would teach the other again.
     """
-    if objective.anchor and (card.check(objective.anchor) in card.styles) != (concept in card.styles):
-        raise ValueError(f"anchor {objective.anchor!r} for {concept!r}: choose a style for a style only")
+    anchors = [a for a in objective.anchors if (card.check(a) in card.styles) == (concept in card.styles)]
+    if objective.anchors and not anchors:
+        given = ", ".join(objective.anchors)
+        raise ValueError(
+            f"anchor {given!r} for {concept!r}: choose a style for a style, an object for an object"
+        )
 
-    def texts(name: str, count: int) -> list[tuple[str, int, str, str]]:
+    def both(name: str, count: int) -> list[tuple[str, str]]:
         prompts = card.prompts(card.check(name))
         others = card.nameless(name) if config.without == "nameless" else [""] * len(prompts)
-        if objective.anchor and name == concept:
-            others = card.prompts(objective.anchor)
-        rows = [(name, i, *pair) for i, pair in enumerate(zip(prompts, others, strict=True))]
+        if anchors and name == concept:
+            others = card.prompts(anchors[0])
         gone = {text for other in (*earlier, concept) if other != name for text in card.prompts(other)}
-        rows = [row for row in rows if row[2] not in gone] or rows
-        return (rows * -(-count // len(rows)))[:count]
+        pairs = list(zip(prompts, others, strict=True))
+        pairs = [pair for pair in pairs if pair[0] not in gone] or pairs
+        return (pairs * -(-count // len(pairs)))[:count]
 
     old = round(config.revisit * config.target_size) if earlier else 0
     spread = [len(range(i, old, len(earlier))) for i in range(len(earlier))]  # whole numbers that sum to old
-    rows = texts(concept, config.target_size - old)
+    asked = both(concept, config.target_size - old)
     for name, count in zip(earlier, spread, strict=True):
-        rows += texts(name, count)
-    names, places, prompts, others = map(list, zip(*rows, strict=True))
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed))
-    exchanged = []
-    for i, j in enumerate(order):
-        alike = (names[i] in card.styles) == (names[j] in card.styles)
-        exchanged.append(card.prompts(names[j])[places[i]] if alike else prompts[i])
-    return prompts, others, exchanged
+        asked += both(name, count)
+    prompts, others = zip(*asked, strict=True)
+    return list(prompts), list(others)
 
 
 def batch_losses(
@@ -289,7 +287,7 @@ def unlearn_steps(
     card = model_card(pipe)
     config = config or card.config()
     check_batches(batch_size=config.batch_size, memory_batch_size=config.memory_batch_size)
-    prompts, others, exchanged = _questions(card, concept, earlier, objective, config)
+    prompts, others = _questions(card, concept, earlier, objective, config)
     if memory is not None:
         check_memory(card, memory, [*earlier, concept])
     generator = torch.Generator().manual_seed(config.seed)
@@ -308,10 +306,6 @@ def unlearn_steps(
         memory = memory or fill_memory(pipe, [*earlier, concept], config)
     kept = Noised.of(memory, config.lessons, scheduler, generator)
     other_states = encode_prompts(pipe, others)[target.index]  # (n, T, D)
-    exchanged_states = encode_prompts(pipe, exchanged)[target.index]  # (n, T, D)
-    dice = torch.rand(config.lessons, generator=torch.Generator().manual_seed(config.seed))
-    by_another = (dice < config.exchange)[:, None, None]  # (n, 1, 1)
-    asked_states = torch.where(by_another, exchanged_states, target.encoder_hidden_states)
     stored = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
     asked = torch.is_autocast_enabled(device.type)  # by the caller
     precision = torch.get_autocast_dtype(device.type) if asked else stored
@@ -339,7 +333,6 @@ def unlearn_steps(
         try:
             with mixed, swapped(trained, first):
                 lessons = ask_about_concept(unet, target, other_states, objective, config)
-                lessons = replace(lessons, encoder_hidden_states=asked_states)  # the answers stay
                 memory_lessons = ask_about_memory(unet, kept, config)
                 l2 = config.regularizer == "l2"
                 importance = None if l2 else _importance(unet, trained, kept, config)

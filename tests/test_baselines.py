@@ -137,7 +137,7 @@ def test_esd_meets_pictures_half_drawn(tiny_pipe):
 
 
 def test_a_style_needs_a_style_as_anchor(tiny_pipe, tiny_memory):
-    with pytest.raises(ValueError, match="choose a style for a style only"):
+    with pytest.raises(ValueError, match="anchor 'car' for 'neon': choose a style for a style"):
         objective = baselines.concept_ablation("car")
         unlearn(tiny_pipe, "neon", TINY, tiny_memory, progress=False, objective=objective)
 

@@ -18,7 +18,7 @@ import duge_lite as duge
 from duge_lite import lessons, unlearning
 from duge_lite.errors import UnknownConceptError
 from duge_lite.evaluation import sequence_metrics
-from duge_lite.lessons import DUGE, Pictures, memory_prompts
+from duge_lite.lessons import Pictures, memory_prompts
 from duge_lite.sequence import sequence_steps, unlearn_sequence
 from duge_lite.unlearning import UnlearnConfig, plain_parameters
 
@@ -172,33 +172,12 @@ def test_without_revisits_only_the_new_concept_is_asked_about(tiny_pipe, drawn):
     assert all("car" in text for text in drawn["concept"][1][0])
 
 
-def test_an_exchange_says_the_same_with_another_name_that_went(tiny_pipe):
-    gone, card = ["apple", "neon", "car"], duge.model_card(tiny_pipe)
-    config = dataclasses.replace(TINY, target_size=40, revisit=0.5)
-    prompts, _, exchanged = unlearning._questions(card, gone[-1], gone[:-1], DUGE, config)
-    place = {text: (name, i) for name in ("apple", "car") for i, text in enumerate(card.prompts(name))}
-    moved = {(*place[a], *place[b]) for a, b in zip(prompts[:30], exchanged[:30], strict=True) if a != b}
-    assert {(m[0], m[2]) for m in moved} == {("apple", "car"), ("car", "apple")}
-    assert all(i == j for _, i, _, j in moved), "the same style"
-    assert exchanged[-10:] == prompts[-10:], "nobody but neon went among the styles"
-
-
-def test_no_sentence_about_what_goes_names_something_else_that_went(tiny_pipe, drawn):
+def test_no_prompt_of_what_goes_names_something_else_that_went(tiny_pipe, drawn):
     """Without the style, a neon apple would be asked for as an apple, and the apple would come back."""
     forget(tiny_pipe, ("apple", "neon"), dataclasses.replace(TINY, target_size=40, revisit=0.5))
     neon, apples = drawn["concept"][1][0][:20], drawn["concept"][1][0][20:]
     assert not any("apple" in text for text in neon) and all("apple" in text for text in apples)
     assert not any("neon" in text for text in apples)
-
-
-@pytest.mark.slow
-def test_an_exchange_begins_with_the_second_request(tiny_pipe):
-    runs = []
-    for share in (0.0, 1.0):
-        sequence = forget(tiny_pipe, ("apple", "car"), dataclasses.replace(TINY, exchange=share))
-        runs.append((sequence.weights(1), sequence.weights(2)))
-        sequence.pipeline(at=0)
-    assert same(runs[0][0], runs[1][0]) and not same(runs[0][1], runs[1][1])
 
 
 def test_pictures_are_drawn_by_the_model_whose_answers_count(tiny_pipe, drawn):

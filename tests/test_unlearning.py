@@ -97,7 +97,6 @@ def forget(tiny_pipe, tiny_memory):
         ("lambda_regularization", float("nan"), "lambda_regularization = nan"),
         ("scale", -0.5, "scale = -0.5: expected 0"),
         ("revisit", 1.0, "revisit = 1.0: expected a share from 0"),
-        ("exchange", 1.5, "exchange = 1.5: expected a share from 0"),
         ("without", "", "without = '': choose one of empty, nameless"),
         ("target", "positive", "target = 'positive': choose one of uncond, negative, clamped"),
         ("match", "maps", "match = 'maps': choose one of output, probs"),
