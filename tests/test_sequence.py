@@ -113,7 +113,7 @@ def test_the_memory_is_of_constant_size_and_never_shows_what_went(tiny_pipe, dra
         assert not [text for text in memory for gone in THREE[: k + 1] if gone in text]
     assert any("gas pump" in text for text in memories[0])
     targets = [prompts for prompts, _ in drawn["concept"]]
-    # half of the concept's pictures show earlier ones, so that they do not come back; none shows two that went
+    # half of the concept's pictures look back, so that nothing comes back; none shows two that went
     assert [[sum(c in t for t in target) for c in THREE] for target in targets] == [
         [8, 0, 2],
         [4, 4, 2],
