@@ -95,6 +95,7 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective]]:
         "DUGE, merged": (replace(c, merge=True), DUGE),
         AT_ONCE: (c, DUGE),
         "ESD-x": (plain, baselines.esd()),
+        "ESD-x, with revisits": (replace(plain, revisit=c.revisit), baselines.esd()),
         "concept ablation": (plain, baselines.concept_ablation("star", "watercolor")),
         "gradient ascent": (replace(plain, lr=1e-4), baselines.gradient_ascent()),
         UCE: (c, DUGE),
