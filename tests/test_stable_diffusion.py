@@ -144,7 +144,7 @@ def run(number: str, hub: Path, monkeypatch) -> nbformat.NotebookNode:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["00", "01", "02", "03", "04"])
+@pytest.mark.parametrize("number", ["00", "01", "02", "03", "04", "05"])
 def test_a_notebook_runs_to_its_end(number, hub, monkeypatch):
     notebook = run(number, hub, monkeypatch)
     assert "error" not in notebook.metadata, notebook.metadata.error
