@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -184,3 +185,13 @@ def test_wheel_carries_data(tmp_path):
     assert WEIGHTS
     assert {f"duge_lite/{path.relative_to(ROOT).as_posix()}" for path in WEIGHTS} <= names
     assert not [n for n in names if ".training" in n or n.startswith(("data/", "tests/"))]
+
+
+def test_the_readme_says_what_the_experiment_printed():
+    results = pd.read_csv(ROOT / "benchmarks" / "results" / "continual.csv", index_col="setting")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    columns = ["UA", "IRA", "CRA", "revival", "back door", "KID last"]
+    table = readme.split("| | UA | IRA |")[1].split("\n\n")[0]
+    said = {tuple(line.strip("| ").split(" | ")[1:]) for line in table.splitlines()[2:]}
+    printed = {tuple(f"{x:.2f}" for x in row[:5]) + (f"{row[5]:.1f}",) for row in results[columns].values}
+    assert len(said) > 4 and said <= printed
