@@ -207,21 +207,26 @@ def read(path: Path) -> list[dict]:
 
 
 def summarise(path: Path) -> None:
-    """Prints the metrics after the last request (mean over orders and seeds); draws them over requests."""
+    """Prints the metrics after the last request, by order (mean over seeds); draws them over requests."""
     cells = read(path)
-    rows = [{"setting": c["setting"], **row} for c in cells for row in c["metrics"]]
+    keys = ["setting", "order"]  # named by the request that comes first
+    about = [{"setting": c["setting"], "order": c["requests"][0]} for c in cells]
+    rows = [{**who, **row} for who, c in zip(about, cells, strict=True) for row in c["metrics"]]
     if not rows:
         return
-    means = pd.DataFrame(rows).drop(columns="request").groupby(["setting", "after"], sort=False).mean()
-    last = means.groupby(level="setting", sort=False).tail(1).reset_index("after")
+    means = pd.DataFrame(rows).drop(columns="request").groupby([*keys, "after"], sort=False).mean()
+    last = means.groupby(level=keys, sort=False).tail(1).reset_index("after")
     once = ["back door", "KID last", "KID base", "CLIP last", "CLIP base", "cpu"]
-    extra = pd.DataFrame(cells, columns=["setting", *once]).groupby("setting", sort=False)
-    last = last.join(extra[once].mean())
+    numbers = [{**who, **{n: c.get(n) for n in once}} for who, c in zip(about, cells, strict=True)]
+    extra = pd.DataFrame(numbers).astype(dict.fromkeys(once, float)).groupby(keys, sort=False)
+    last = last.join(extra.mean())
     last.insert(0, "cells", extra.size())
     print(last.round(3).to_string())
     last.round(4).to_csv(path.with_suffix(".csv"))
-    tables = {name: means.loc[name] for name in last.index if "," not in name}
-    title = "One concept after another: what is gone (UA), and what is left"
+    first = cells[0]["requests"][0]
+    names = [name for name, order in last.index if order == first and "," not in name]
+    tables = {name: means.loc[(name, first)] for name in names}
+    title = f"One concept after another, {first} first: what is gone (UA), and what is left"
     path.with_suffix(".png").write_bytes(visualize_sequence.metrics_over_requests(tables, title=title).png())
 
 

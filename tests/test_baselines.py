@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from duge_lite import baselines
+from duge_lite import baselines, unlearning
 from duge_lite.errors import UnknownConceptError
 from duge_lite.lessons import Noised, Pass, encode_prompts
 from duge_lite.models import model_card, sample
@@ -140,6 +140,14 @@ def test_a_style_needs_a_style_as_anchor(tiny_pipe, tiny_memory):
     with pytest.raises(ValueError, match="anchor 'car' for 'neon': choose a style for a style"):
         objective = baselines.concept_ablation("car")
         unlearn(tiny_pipe, "neon", TINY, tiny_memory, progress=False, objective=objective)
+
+
+def test_an_anchor_of_each_kind_serves_a_sequence_of_both(tiny_pipe):
+    card, objective = model_card(tiny_pipe), baselines.concept_ablation("star", "watercolor")
+    for concept, anchor in (("apple", "star"), ("neon", "watercolor")):
+        prompts, others = unlearning._questions(card, concept, [], objective, TINY)
+        pairs = dict(zip(card.prompts(concept), card.prompts(anchor), strict=True))
+        assert [pairs[p] for p in prompts] == others
 
 
 def test_uce_forgets_a_style_without_holding_on_to_it(tiny_pipe):
