@@ -71,6 +71,7 @@ ORDERS = (
     ),
 )
 STYLES = ("neon", "mosaic")
+ANCHORS = ("star", "watercolor")  # what methods that need an anchor draw instead: of an object, of a style
 SEEDS = (0, 1)
 STEPS = 10  # of DDIM, for the pictures that are judged
 SHOWN = ("orange", "parachute", "airplane", "bow tie", "tree", "backpack", "star", "apple", "car", "broccoli")
@@ -89,6 +90,7 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective]]:
         "DUGE, without regularization": (replace(c, lambda_regularization=0.0), DUGE),
         "DUGE, without revisits": (replace(c, revisit=0.0), DUGE),
         "DUGE, fewer revisits": (replace(c, revisit=0.25), DUGE),
+        "DUGE, to an anchor": (c, replace(DUGE, anchors=ANCHORS)),
         "DUGE, previous": (replace(c, reference="previous", anchor="previous"), DUGE),
         "DUGE, fisher": (replace(c, regularizer="fisher"), DUGE),
         "DUGE, protected words": (replace(c, protect=0.99), DUGE),
@@ -96,7 +98,11 @@ def settings() -> dict[str, tuple[UnlearnConfig, Objective]]:
         AT_ONCE: (c, DUGE),
         "ESD-x": (plain, baselines.esd()),
         "ESD-x, with revisits": (replace(plain, revisit=c.revisit), baselines.esd()),
-        "concept ablation": (plain, baselines.concept_ablation("star", "watercolor")),
+        "concept ablation": (plain, baselines.concept_ablation(*ANCHORS)),
+        "concept ablation, with revisits": (
+            replace(plain, revisit=c.revisit),
+            baselines.concept_ablation(*ANCHORS),
+        ),
         "gradient ascent": (replace(plain, lr=1e-4), baselines.gradient_ascent()),
         UCE: (c, DUGE),
         ORACLE: (c, DUGE),

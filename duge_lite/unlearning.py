@@ -217,18 +217,23 @@ def _questions(
 
     No prompt names two that are to go: what the reference says without the one would teach the other again.
     """
-    anchors = [a for a in objective.anchors if (card.check(a) in card.styles) == (concept in card.styles)]
-    if objective.anchors and not anchors:
-        given = ", ".join(objective.anchors)
-        raise ValueError(
-            f"anchor {given!r} for {concept!r}: choose a style for a style, an object for an object"
-        )
+
+    def anchor(name: str) -> str | None:
+        of_kind = [a for a in objective.anchors if (card.check(a) in card.styles) == (name in card.styles)]
+        if objective.anchors and not of_kind:
+            given = ", ".join(objective.anchors)
+            raise ValueError(
+                f"anchor {given!r} for {name!r}: choose a style for a style, an object for an object"
+            )
+        if of_kind and of_kind[0] in (*earlier, concept):
+            raise ValueError(f"anchor {of_kind[0]!r} is to go itself: choose one that stays")
+        return of_kind[0] if of_kind else None
 
     def both(name: str, count: int) -> list[tuple[str, str]]:
         prompts = card.prompts(card.check(name))
         others = card.nameless(name) if config.without == "nameless" else [""] * len(prompts)
-        if anchors and name == concept:
-            others = card.prompts(anchors[0])
+        if instead := anchor(name):
+            others = card.prompts(instead)
         gone = {text for other in (*earlier, concept) if other != name for text in card.prompts(other)}
         pairs = list(zip(prompts, others, strict=True))
         pairs = [pair for pair in pairs if pair[0] not in gone] or pairs

@@ -60,14 +60,6 @@ def test_the_anchor_has_to_be_known(tiny_pipe, tiny_memory):
         )
 
 
-def test_ablation_asks_for_the_anchor_in_the_style_of_the_picture(tiny_pipe, tiny_memory):
-    """After learning to answer "apple" as "apple", nothing has moved: the two passes are the same."""
-    config = dataclasses.replace(TINY, iterations=2, lambda_regularization=0.0)
-    objective = baselines.concept_ablation("apple")
-    run = unlearn(tiny_pipe, "apple", config, tiny_memory, progress=False, objective=objective)
-    assert run.history.forget.max() < 1e-10
-
-
 def answers(pipe, prompt: str) -> dict[str, torch.Tensor]:
     states = encode_prompts(pipe, [prompt])[0]
     return {
@@ -148,6 +140,22 @@ def test_an_anchor_of_each_kind_serves_a_sequence_of_both(tiny_pipe):
         prompts, others = unlearning._questions(card, concept, [], objective, TINY)
         pairs = dict(zip(card.prompts(concept), card.prompts(anchor), strict=True))
         assert [pairs[p] for p in prompts] == others
+
+
+def test_looking_back_asks_for_the_anchor_too(tiny_pipe):
+    card, objective = model_card(tiny_pipe), baselines.concept_ablation("star", "watercolor")
+    prompts, others = unlearning._questions(
+        card, "car", ["apple"], objective, dataclasses.replace(TINY, revisit=0.5)
+    )
+    looked_back = [o for p, o in zip(prompts, others, strict=True) if p in card.prompts("apple")]
+    assert looked_back and set(looked_back) <= set(card.prompts("star"))
+
+
+@pytest.mark.parametrize(("concept", "earlier"), [("star", ()), ("car", ("star",))])
+def test_an_anchor_that_is_to_go_is_refused(tiny_pipe, concept, earlier):
+    objective = baselines.concept_ablation("star")
+    with pytest.raises(ValueError, match="anchor 'star' is to go itself: choose one that stays"):
+        unlearning._questions(model_card(tiny_pipe), concept, earlier, objective, TINY)
 
 
 def test_uce_forgets_a_style_without_holding_on_to_it(tiny_pipe):
