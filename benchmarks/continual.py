@@ -71,7 +71,7 @@ ORDERS = (
     ),
 )
 STYLES = ("neon", "mosaic")
-ANCHORS = ("star", "watercolor")  # what methods that need an anchor draw instead: of an object, of a style
+ANCHORS = ("star", "photo")  # what methods that need an anchor draw instead: of an object, of a style
 SEEDS = (0, 1)
 STEPS = 10  # of DDIM, for the pictures that are judged
 SHOWN = ("orange", "parachute", "airplane", "bow tie", "tree", "backpack", "star", "apple", "car", "broccoli")

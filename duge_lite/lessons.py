@@ -216,8 +216,9 @@ class Objective:
         loss: a scalar, from the learning model's pass and the target: a mean over the pictures, so that
             several processes can share them.
         source: where it comes from.
-        anchors: an object that the reference is asked for in place of an object, and a style for a style;
-            without one, ``config.without`` says what it is asked.
+        anchors: an object that the reference is asked for in place of an object, and a style (the plain one,
+            too) for a style; without one, ``config.without`` says what it is asked. Not only for methods that
+            need one: ``dataclasses.replace(DUGE, anchors=("star", "photo"))``.
         looks_at_attention: whether the layers have to be recorded.
         partial: noisy pictures are caught half-drawn, not drawn and then noised; the true answer is then
             zero.

@@ -219,9 +219,10 @@ def _questions(
     """
 
     def anchor(name: str) -> str | None:
-        of_kind = [a for a in objective.anchors if (card.check(a) in card.styles) == (name in card.styles)]
-        if objective.anchors and not of_kind:
-            given = ", ".join(objective.anchors)
+        known = [a if a in card.styles else card.check(a) for a in objective.anchors]  # also the plain style
+        of_kind = [a for a in known if (a in card.styles) == (name in card.styles)]
+        if known and not of_kind:
+            given = ", ".join(known)
             raise ValueError(
                 f"anchor {given!r} for {name!r}: choose a style for a style, an object for an object"
             )

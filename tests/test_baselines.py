@@ -142,6 +142,12 @@ def test_an_anchor_of_each_kind_serves_a_sequence_of_both(tiny_pipe):
         assert [pairs[p] for p in prompts] == others
 
 
+def test_the_plain_style_can_be_an_anchor(tiny_pipe):
+    card, objective = model_card(tiny_pipe), baselines.concept_ablation("photo")
+    _, others = unlearning._questions(card, "neon", [], objective, TINY)
+    assert others == [card.prompt(c) for c in card.concepts[: TINY.target_size]]
+
+
 def test_looking_back_asks_for_the_anchor_too(tiny_pipe):
     card, objective = model_card(tiny_pipe), baselines.concept_ablation("star", "watercolor")
     prompts, others = unlearning._questions(
