@@ -45,7 +45,7 @@ def esd(negative_guidance: float = 1.0, partial: bool = True) -> Objective:
 def concept_ablation(*anchors: str) -> Objective:
     """Ablating concepts: answer for the concept what the reference answers for an anchor of the same kind.
 
-    ``anchors`` are an object, a style, or one of each for a sequence that asks for both to go; they must stay.
+    ``anchors`` are an object, a style, or one of each for a sequence that asks for both; they must stay.
     Kumari et al., arXiv 2303.13516, the model-based variant. Differs from the paper: pictures show the
     concept, not the anchor, as for every other method here.
     """
