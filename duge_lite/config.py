@@ -42,7 +42,8 @@ class UnlearnConfig:
             see :func:`duge_lite.losses.attention_target`.
         without: what the reference is asked in place of the concept: "empty", the empty prompt (the paper's
             form, as reviews give it), or "nameless", the prompt with the name left out (ours): "a neon sign"
-            for "a neon sign of an apple". The empty prompt lacks the style too, so that it goes as well.
+            for "a neon sign of an apple". The empty prompt lacks the style too, so that it goes as well. An
+            objective's ``anchors`` are asked instead of either.
         scale: eta, how far past the unconditional attention a "negative" target lies.
         match: "output" compares what each cross-attention layer writes, "probs" its softmax maps.
         preserve: what the prior loss asks for on memory pictures: "reference", the frozen model's own
