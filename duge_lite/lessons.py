@@ -218,8 +218,8 @@ class Objective:
         source: where it comes from.
         anchors: an object that the reference is asked for in place of an object, and a style (the plain one,
             too) for a style; without one, ``config.without`` says what it is asked. Not only for methods that
-            need one: ``replace(DUGE, anchors=("star", "photo"))`` with ``target="uncond"`` did best in a
-            sequence of requests (benchmarks/results/continual.csv).
+            need one: with ``replace(DUGE, anchors=("star", "photo"))`` and ``target="uncond"`` one name that
+            went does not draw another (notebook 05).
         looks_at_attention: whether the layers have to be recorded.
         partial: noisy pictures are caught half-drawn, not drawn and then noised; the true answer is then
             zero.

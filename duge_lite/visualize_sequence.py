@@ -28,7 +28,7 @@ METRICS = {
 KINDS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out": "output", "other": "other"}
 LINES = [  # the first is the plain one; told apart by marker and lightness too
     dict(marker=marker, color=color, ms=6)
-    for marker, color in zip("oX^sD", (KEPT, LOST, ACCENT, "#d9a441", "#3f8f6b"), strict=True)
+    for marker, color in zip("oX^sDP", (KEPT, LOST, ACCENT, "#d9a441", "#3f8f6b", "#1b1b1b"), strict=True)
 ]
 
 
@@ -92,11 +92,11 @@ def metrics_over_requests(
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         for i, (label, table) in enumerate(tables.items()):
-            axes.plot(table[name], label=label, ls=("-", "--", ":", "-.")[i % 4], **LINES[i % 5])
+            axes.plot(table[name], label=label, ls=("-", "--", ":", "-.")[i % 4], **LINES[i % len(LINES)])
         axes.set_title(METRICS.get(name, name), fontsize=9)
         axes.set_ylim(-0.05, 1.05)
         _requests_below(axes)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.alt = f"{title}. " + "; ".join(
         f"{label}, at the end: " + ", ".join(f"{name} {table[name].iloc[-1]:.2f}" for name in names)
