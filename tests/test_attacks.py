@@ -296,6 +296,7 @@ def test_what_is_no_number_stops_the_attack(tiny_pipe, pictures, attack):
     assert unchanged(tiny_pipe, before)
 
 
+@pytest.mark.slow
 def test_a_relearning_survey_looks_before_and_along_the_way(tiny_pipe, tiny_judge, pictures):
     before = fingerprint(tiny_pipe)
     frame = attacks.relearning(

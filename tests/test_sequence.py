@@ -222,6 +222,7 @@ def test_a_sequence_that_was_killed_goes_on_to_the_same_weights(
     assert list(sequence.history.index.get_level_values("request").unique()) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_stop_button_takes_back_the_unfinished_request(tiny_pipe, tmp_path):
     seen = []
 
@@ -238,6 +239,7 @@ def test_the_stop_button_takes_back_the_unfinished_request(tiny_pipe, tmp_path):
     assert same(weights(tiny_pipe), stopped) and sequence.concepts == ("apple",)
 
 
+@pytest.mark.slow
 def test_a_finished_sequence_is_read_and_not_done_again(tiny_pipe, tmp_path):
     one = forget(tiny_pipe, directory=tmp_path)
     learned = weights(tiny_pipe)
@@ -251,6 +253,7 @@ def test_a_finished_sequence_is_read_and_not_done_again(tiny_pipe, tmp_path):
     assert same(weights(two.pipeline(at=1)), weights(one.pipeline(at=1)))
 
 
+@pytest.mark.slow
 def test_errors_teach_before_anything_is_done(tiny_pipe, tmp_path):
     base = weights(tiny_pipe)
     with pytest.raises(UnknownConceptError, match="'aple'"):
@@ -272,6 +275,7 @@ def test_errors_teach_before_anything_is_done(tiny_pipe, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "run.json", "history.csv"])
+@pytest.mark.slow
 def test_a_damaged_file_is_named(tiny_pipe, tmp_path, file):
     forget(tiny_pipe, ("car",), directory=tmp_path)
     learned = weights(tiny_pipe)
@@ -284,6 +288,7 @@ def test_a_damaged_file_is_named(tiny_pipe, tmp_path, file):
     assert same(weights(tiny_pipe), learned)
 
 
+@pytest.mark.slow
 def test_a_full_disk_takes_back_the_request(tiny_pipe, tmp_path, monkeypatch):
     def full(tensors, path):
         path.write_bytes(b"half")
@@ -377,6 +382,7 @@ def test_metrics_teach(tiny_master):
     assert alone.UA[1] == 1 and alone.HM[1] == 1 and alone[["IRA", "CRA"]].isna().all(axis=None)
 
 
+@pytest.mark.slow
 def test_the_matrix_has_a_row_for_every_model(tiny_pipe, tiny_judge):
     sequence = forget(tiny_pipe, ("apple", "neon"))
     learned = weights(tiny_pipe)
@@ -388,6 +394,7 @@ def test_the_matrix_has_a_row_for_every_model(tiny_pipe, tiny_judge):
     assert list(sequence.metrics(matrix).request) == ["apple", "neon"]
 
 
+@pytest.mark.slow
 def test_drift_tells_how_far_the_weights_went(tiny_pipe):
     sequence = forget(tiny_pipe, ("apple", "car"))
     drift = sequence.drift()
@@ -401,6 +408,7 @@ def test_drift_tells_how_far_the_weights_went(tiny_pipe):
     )
 
 
+@pytest.mark.slow
 def test_quality_looks_at_what_is_to_stay(tiny_pipe, tiny_judge, monkeypatch):
     sequence = forget(tiny_pipe, ("apple", "neon"))
     asked, draw = [], duge.sequence.sample

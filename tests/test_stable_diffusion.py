@@ -110,6 +110,7 @@ def test_a_style_is_forgotten_and_the_memory_has_every_style(pipe):
     assert torch.equal(duge.sample(pipe, card.prompt("harp", "neon"), steps=2, latents=True), before)
 
 
+@pytest.mark.slow
 def test_the_baselines_run(pipe):
     for objective in (baselines.esd(), baselines.concept_ablation("fruit"), baselines.gradient_ascent()):
         run = duge.unlearn(pipe, "apple", TINY, progress=False, objective=objective)

@@ -92,6 +92,7 @@ def test_two_runs_and_two_undos_walk_back(app):
     assert [r["run", "now"] for r in app.rows] == ["undone", "undone"]
 
 
+@pytest.mark.slow
 def test_stop_ends_after_the_iteration_and_keeps_what_was_learned(app):
     base = weights(app)
     app.iterations.value = 100_000
@@ -139,6 +140,7 @@ def test_the_kernel_stays_free_and_two_studios_take_turns(app, tiny_judge):
     assert other.error is None and len(other.runs) == 1
 
 
+@pytest.mark.slow
 def test_in_the_foreground_an_interruption_takes_the_place_of_stop(app, monkeypatch):
     app.background = False
     base, looks = weights(app), []
@@ -160,6 +162,7 @@ def test_in_the_foreground_an_interruption_takes_the_place_of_stop(app, monkeypa
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the disk is <b>on fire</b>"), KeyboardInterrupt()])
+@pytest.mark.slow
 def test_an_error_becomes_a_sentence_and_the_controls_come_back(app, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
@@ -191,6 +194,7 @@ def test_a_number_that_makes_no_sense_is_explained(app):
     assert "ValueError" not in app.message.value
 
 
+@pytest.mark.slow
 def test_when_a_preview_fails_what_was_learned_can_be_undone(app, monkeypatch):
     base, looks = weights(app), []
 
@@ -211,6 +215,7 @@ def test_when_a_preview_fails_what_was_learned_can_be_undone(app, monkeypatch):
 # ---------------------------------------------------------------------------- settings, table, previews
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_off_weighs_nothing(app):
     assert app.settings() == SMALL
     app.use["prior"].value = False
@@ -242,6 +247,7 @@ def test_the_table_compares_runs_and_escapes_text(app):
     assert "<script>" not in app.table.value and "&lt;script&gt;" in app.table.value
 
 
+@pytest.mark.slow
 def test_without_a_judge_there_is_no_verdict(app):
     app.judge = None
     run(app, "apple")

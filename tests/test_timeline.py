@@ -151,6 +151,7 @@ def test_a_position_of_the_slider_is_one_figure(drawn):
 # ---------------------------------------------------------------------------- the timeline
 
 
+@pytest.mark.slow
 def test_every_model_draws_the_same_seeds(sequence):
     card, last = duge.model_card(sequence.pipe), weights(sequence)
     app = widgets.erosion_timeline(sequence, table(), ["orange", "neon"], seeds=(4, 9))

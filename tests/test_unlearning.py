@@ -371,6 +371,7 @@ def test_on_step_sees_what_the_history_keeps(forget):
     assert [s.loss for s in seen] == list(run.history.loss)
 
 
+@pytest.mark.slow
 def test_pictures_can_be_drawn_along_the_way(tiny_pipe, forget):
     """A live preview shows the model that learns, and changes nothing."""
 

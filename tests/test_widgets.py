@@ -19,6 +19,7 @@ def test_before_and_after_shows_the_same_seeds_and_comes_back(tiny_pipe):
     assert all(torch.equal(base[k], v) for k, v in tiny_pipe.unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_style_is_forgotten_among_styles(tiny_pipe):
     figure, run = widgets.before_and_after(tiny_pipe, "sketch", SMALL)
     titles = [axes.get_title() for axes in figure.axes[:7]]
