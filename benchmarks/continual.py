@@ -216,24 +216,22 @@ def read(path: Path) -> list[dict]:
 
 def summarise(path: Path) -> None:
     """Prints the metrics after the last request, by order (mean over seeds); draws them over requests."""
-    cells = read(path)
-    keys = ["setting", "order"]  # named by the request that comes first
-    about = [{"setting": c["setting"], "order": c["requests"][0]} for c in cells]
-    rows = [{**who, **row} for who, c in zip(about, cells, strict=True) for row in c["metrics"]]
-    if not rows:
+    keys, once = ["setting", "order"], ["back door", "KID last", "KID base", "CLIP last", "CLIP base", "cpu"]
+    cells = pd.DataFrame(read(path), columns=["setting", "requests", "metrics", *once])
+    if cells.empty:
         return
+    cells["order"] = cells.requests.str[0]  # named by the request that comes first
+    rows = [{"setting": c.setting, "order": c.order, **row} for c in cells.itertuples() for row in c.metrics]
     means = pd.DataFrame(rows).drop(columns="request").groupby([*keys, "after"], sort=False).mean()
     last = means.groupby(level=keys, sort=False).tail(1).reset_index("after")
-    once = ["back door", "KID last", "KID base", "CLIP last", "CLIP base", "cpu"]
-    numbers = [{**who, **{n: c.get(n) for n in once}} for who, c in zip(about, cells, strict=True)]
-    extra = pd.DataFrame(numbers).astype(dict.fromkeys(once, float)).groupby(keys, sort=False)
-    last = last.join(extra.mean())
+    extra = cells.astype(dict.fromkeys(once, float)).groupby(keys, sort=False)
+    last = last.join(extra[once].mean())
     last.insert(0, "cells", extra.size())
     print(last.round(3).to_string())
     last.round(4).to_csv(path.with_suffix(".csv"))
-    first = cells[0]["requests"][0]
-    names = [name for name in DRAWN if (name, first) in last.index]
-    tables = {name: means.sort_index().loc[(name, first)] for name in names}
+    first = cells.order[0]
+    shown = means.xs(first, level="order")
+    tables = {name: shown.loc[name] for name in DRAWN if (name, first) in last.index}
     title = f"One concept after another, {first} first: what is gone (UA), and what is left"
     path.with_suffix(".png").write_bytes(visualize_sequence.metrics_over_requests(tables, title=title).png())
 

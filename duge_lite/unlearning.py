@@ -217,24 +217,24 @@ def _questions(
 
     No prompt names two that are to go: what the reference says without the one would teach the other again.
     """
-
-    def anchor(name: str) -> str | None:
-        known = [a if a in card.styles else card.check(a) for a in objective.anchors]  # also the plain style
-        of_kind = [a for a in known if (a in card.styles) == (name in card.styles)]
-        if known and not of_kind:
-            given = ", ".join(known)
+    anchors = {}  # the first of each kind: of styles, the plain one too, and of objects
+    for anchor in reversed(objective.anchors):
+        anchors[anchor in card.styles] = anchor if anchor in card.styles else card.check(anchor)
+    for name in (concept, *earlier):
+        is_style = card.check(name) in card.styles
+        if anchors and is_style not in anchors:
+            given = ", ".join(objective.anchors)
             raise ValueError(
                 f"anchor {given!r} for {name!r}: choose a style for a style, an object for an object"
             )
-        if of_kind and of_kind[0] in (*earlier, concept):
-            raise ValueError(f"anchor {of_kind[0]!r} is to go itself: choose one that stays")
-        return of_kind[0] if of_kind else None
+        if anchors and anchors[is_style] in (concept, *earlier):
+            raise ValueError(f"anchor {anchors[is_style]!r} is to go itself: choose one that stays")
 
     def both(name: str, count: int) -> list[tuple[str, str]]:
-        prompts = card.prompts(card.check(name))
+        prompts = card.prompts(name)
         others = card.nameless(name) if config.without == "nameless" else [""] * len(prompts)
-        if instead := anchor(name):
-            others = card.prompts(instead)
+        if anchors:
+            others = card.prompts(anchors[name in card.styles])
         gone = {text for other in (*earlier, concept) if other != name for text in card.prompts(other)}
         pairs = list(zip(prompts, others, strict=True))
         pairs = [pair for pair in pairs if pair[0] not in gone] or pairs

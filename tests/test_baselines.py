@@ -60,6 +60,16 @@ def test_the_anchor_has_to_be_known(tiny_pipe, tiny_memory):
         )
 
 
+def test_asking_the_same_in_its_place_changes_nothing(tiny_pipe, tiny_memory, monkeypatch):
+    """After learning to answer "apple" as "apple", nothing has moved: the two passes are the same."""
+    prompts = model_card(tiny_pipe).prompts("apple")[: TINY.target_size]
+    monkeypatch.setattr(unlearning, "_questions", lambda *_: (prompts, prompts))
+    config = dataclasses.replace(TINY, iterations=2, lambda_regularization=0.0)
+    objective = baselines.concept_ablation("orange")
+    run = unlearn(tiny_pipe, "apple", config, tiny_memory, progress=False, objective=objective)
+    assert run.history.forget.max() < 1e-10
+
+
 def answers(pipe, prompt: str) -> dict[str, torch.Tensor]:
     states = encode_prompts(pipe, [prompt])[0]
     return {
