@@ -1,20 +1,22 @@
 r"""Forgetting, solved: with the attention maps kept, the three losses are a linear system (ours).
 
-A head hears the text at a place p of the picture as z_p = sum_t a_pt e_t: the token vectors e_t (D numbers),
-averaged with its attention a. It says V z_p. As long as only the values V learn, the three losses are sums of
-squares of one unknown,
+A cross-attention layer writes, at a place p of the picture, ``o_p = O f_p + b``. Here f_p is what its heads say
+(C numbers): ``V_h z_p`` of each head, and z_p is the text as that head hears it, the token vectors averaged with
+its attention. As long as only the output matrix O learns, the three losses are sums of squares of one unknown,
 
-.. math:: \lambda_U E|V z - V_0 z^*|^2 + \lambda_{pr} E|V z - V_0 z|^2 + \lambda_R |V - V_0|^2
+.. math:: \lambda_U E|O f - O_0 f^*|^2 + \lambda_{pr} E|O f - O_0 f|^2 + \lambda_R |O - O_0|^2
 
-over places of pictures of what goes (z* is what the head would hear if it were asked for something else) and of
-what stays. The minimum is one D x D solve per head::
+over places of pictures of what goes (f* is what the heads would say if they were asked for something else) and
+of what stays. The minimum is one C x C solve per layer::
 
-    V = V0 (X + r) (S + r)^-1,   S = sum z z^T,   X = sum z* z^T,   z* = z for what stays
+    O = O0 (X + r) (S + r)^-1,   S = mean f f^T,   X = mean f* f^T,   f* = f for what stays
 
-There is no gradient, no learning rate and no second model, and what the denoiser has to do is to draw. The sums
-of several requests add up, so that their order cannot matter.
+There is no gradient, no learning rate and no second model, and all that the denoiser has to do is to draw. The
+means of several requests add up, so that their order cannot matter. The layer is linear in its values V as well,
+with z in the place of f, a D x D solve per head: ``solve="values"``. That forgets as well, but a learned word
+finds its way around it; every word has to pass through O.
 
-The hidden states behind z are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
+The hidden states behind f are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
 prompt. What is to stay and what may go later are the same pictures; a request only changes what is wanted of
 some of them.
 """
@@ -41,6 +43,7 @@ from torch import Tensor
 from .attention import cross_attention_layers
 from .concepts import Concept, ModelCard, wishes
 from .config import UnlearnConfig
+from .losses import attention_target
 from .models import Pictures, draw_pictures, encode_prompts, swapped
 from .processes import from_main, gathered, share
 
@@ -73,10 +76,21 @@ def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
     return ((query.float() * attn.scale) @ key.float().transpose(-1, -2)).softmax(dim=-1)
 
 
-def spoken(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
-    """What each head says, V z: (P, heads, R, C / heads)."""
-    heard = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
-    return heard @ attn.to_v.weight.float().unflatten(0, (attn.heads, -1)).mT
+def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
+    """What the solved matrix reads: (P, 1, R, C), what the heads say, for the output matrix; (P, heads, R, D),
+    the text as each head hears it, for the values."""
+    z = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
+    if solve == "values":
+        return z
+    said = z @ attn.to_v.weight.float().unflatten(0, (attn.heads, -1)).mT  # (P, heads, R, C / heads)
+    return said.transpose(1, 2).flatten(2)[:, None]
+
+
+def solved_matrix(attn: Attention, solve: str) -> Tensor:
+    """The matrix that is solved for: (heads, C / heads, D) of the values, (1, C, C) of the output."""
+    if solve == "values":
+        return attn.to_v.weight.unflatten(0, (attn.heads, -1))
+    return attn.to_out[0].weight[None]
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -84,47 +98,33 @@ def _exact(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def _sum(left: Tensor, between: Tensor, right: Tensor) -> Tensor:
-    """Mean over prompts of left^T between right: (P, T, D), (P, heads, T, T), (P, T, D) -> (heads, D, D)."""
-    inner = between @ right[:, None]  # (P, heads, T, D)
-    return torch.einsum("ptd,phte->hde", left, inner) / max(1, len(left))
-
-
 class Sums:
-    """What one layer's heads heard of some prompts: mean z z^T, z* z^T and z* z*^T, (heads, D, D) each."""
+    """Means over places and prompts of f f^T, f* f^T and f* f*^T: ``heard``, ``wanted``, ``size``, (heads, F, F)."""
 
-    def __init__(
-        self, attn: Attention, hidden: Tensor, text: Tensor, instead: Tensor | None = None, eta: float = 0.0
-    ) -> None:
-        """``hidden`` (P, R, C) of the pictures, ``text`` (P, T, D) of their prompts; ``instead`` (P, T, D) is
-        what is wanted, eta past it; None for what is to stay."""
-        a, e = _exact(attention_maps(attn, hidden, text)), _exact(text.to(hidden.device))
-        places = hidden.shape[1]
-        self.heard = _sum(e, a.mT @ a / places, e)
-        self.wanted = self.size = self.heard
+    def __init__(self, said: Tensor, instead: Tensor | None = None) -> None:
+        """``said`` (P, heads, R, F) is f; ``instead`` (P, heads, R, F) is f*, None for what is to stay."""
+        f = _exact(said).transpose(0, 1).flatten(1, 2)  # (heads, P * R, F)
+        self.heard = self.wanted = self.size = f.mT @ f / f.shape[1]
         if instead is not None:
-            b, f = _exact(attention_maps(attn, hidden, instead)), _exact(instead.to(hidden.device))
-            cross = _sum(f, b.mT @ a / places, e)  # of what would be heard with what is heard
-            far = _sum(f, b.mT @ b / places, f)
-            self.wanted = (1 + eta) * cross - eta * self.heard
-            self.size = (1 + eta) ** 2 * far - eta * (1 + eta) * (cross + cross.mT) + eta**2 * self.heard
+            g = _exact(instead).transpose(0, 1).flatten(1, 2)
+            self.wanted, self.size = g.mT @ f / f.shape[1], g.mT @ g / f.shape[1]
 
-    def loss(self, values: Tensor, reference: Tensor) -> float:
-        """Mean |V z - V0 z*|^2 over places and channels; both (heads, C / heads, D)."""
-        own = torch.einsum("hcd,hde,hce->", values, self.heard, values)
-        both = torch.einsum("hcd,hde,hce->", reference, self.wanted, values)
+    def loss(self, matrix: Tensor, reference: Tensor) -> float:
+        """Mean |W f - W0 f*|^2 over places and channels; both (heads, channels, F)."""
+        own = torch.einsum("hcd,hde,hce->", matrix, self.heard, matrix)
+        both = torch.einsum("hcd,hde,hce->", reference, self.wanted, matrix)
         wanted = torch.einsum("hcd,hde,hce->", reference, self.size, reference)
-        return max(0.0, float(own - 2 * both + wanted)) / values.shape[:2].numel()
+        return max(0.0, float(own - 2 * both + wanted)) / matrix.shape[:2].numel()
 
 
-def solve_head(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
-    """V = V0 (X + r I) (S + r I)^-1: ``reference`` (heads, d, D), ``heard`` S and ``wanted`` X (heads, D, D).
+def solve_matrix(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
+    """W = W0 (X + r I) (S + r I)^-1: ``reference`` (heads, channels, F), ``heard`` S, ``wanted`` X (heads, F, F).
 
     Where S has no inverse (no ridge, little heard) the least change that fits is taken.
     """
     eye = torch.eye(heard.shape[-1], dtype=heard.dtype, device=heard.device)
-    left, right = heard + ridge * eye, reference @ (wanted + ridge * eye)
-    change = right - reference @ left  # of V, times S
+    left = heard + ridge * eye
+    change = reference @ (wanted - heard)  # of W, times S + r
     solved, info = torch.linalg.solve_ex(left, change, left=False)
     if info.any() or not torch.isfinite(solved).all():
         solved = change @ torch.linalg.pinv(left, hermitian=True)
@@ -284,9 +284,9 @@ class PictureBook:
         with self.at_base(pipe):
             for name, attn in self.layers.items():
                 hidden = self._rows(name, concept.prompts)
-                said = spoken(attn, hidden, own)
+                said = heard(attn, hidden, own, "output")
                 for other, text in texts.items():
-                    off = spoken(attn, hidden, text) - said
+                    off = heard(attn, hidden, text, "output") - said
                     far[other] += float(off.square().sum() / said.square().sum()) / len(self.layers)
         self._rankings[concept.name] = pd.Series(far, dtype=float).sort_values(kind="stable")
         return self._rankings[concept.name]
@@ -327,7 +327,7 @@ class PictureBook:
         A function of what is ``gone``, not of its order. Every prompt counts the same: the loss of what goes
         is weighed with its share of the prompts, that of what stays with its own. The table has a row per
         layer: attention, prior and regularization, before and after, and ``change``, the norm of the change
-        as a share of the norm of the values' weights.
+        as a share of the matrix's own.
         """
         ends, keep = self.wishes(pipe, gone, config) if gone else ({}, list(self.memory))
         self.draw(pipe, [*ends, *keep])
@@ -339,29 +339,23 @@ class PictureBook:
             for part in (list(ends), list(ends.values()), keep)
         )
         weights, rows = dict(self.reference), []
+        matrix = "to_v" if config.solve == "values" else "to_out.0"
         with self.at_base(pipe):
             for name, attn in self.layers.items():
-                values = _exact(attn.to_v.weight).unflatten(0, (attn.heads, -1))  # (heads, d, D)
-                kept = Sums(attn, self._rows(name, keep), stay)
-                heard = wanted = lambda_prior * kept.heard
-                losses = {"attention before": 0.0, "attention after": 0.0}
+                old = _exact(solved_matrix(attn, config.solve))
+                kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
+                read = wanted = lambda_prior * kept.heard
+                went = None
                 if ends:
-                    went = Sums(attn, self._rows(name, list(ends)), asked, instead, config.eta)
-                    heard = heard + lambda_attention * went.heard
+                    hidden = self._rows(name, list(ends))
+                    own, other = (heard(attn, hidden, text, config.solve) for text in (asked, instead))
+                    went = Sums(own, attention_target(own, other, "negative", config.eta))
+                    read = read + lambda_attention * went.heard
                     wanted = wanted + lambda_attention * went.wanted
-                size = heard.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what a head hears
-                new = solve_head(values, heard, wanted, ridge * size)
-                weights[f"{name}.to_v.weight"] = new.flatten(0, 1)
-                if ends:
-                    losses = {
-                        f"attention {when}": went.loss(v, values)
-                        for when, v in (("before", values), ("after", new))
-                    }
-                losses |= {"prior before": 0.0, "prior after": kept.loss(new, values)}
-                losses |= {"regularization before": 0.0}
-                losses |= {"regularization after": float((new - values).square().mean())}
-                change = float((new - values).norm() / values.norm())
-                rows.append({"layer": name} | losses | {"change": change})
+                size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
+                new = solve_matrix(old, read, wanted, ridge * size)
+                weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1)
+                rows.append({"layer": name} | _losses(old, new, kept, went))
         return weights, pd.DataFrame(rows).set_index("layer")
 
     def write(self, directory: Path) -> None:
@@ -387,6 +381,14 @@ class PictureBook:
         with safe_open(path, "pt") as file:
             for i, prompt in enumerate(json.loads(about["prompts"])):
                 self.seen[prompt] = {name: file.get_tensor(f"{i} {name}") for name in self.layers}
+
+
+def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str, float]:
+    pairs = {"before": old, "after": new}
+    row = {f"attention {when}": went.loss(w, old) if went else 0.0 for when, w in pairs.items()}
+    row |= {f"prior {when}": kept.loss(w, old) for when, w in pairs.items()}
+    row |= {f"regularization {when}": float((w - old).square().mean()) for when, w in pairs.items()}
+    return row | {"change": float((new - old).norm() / old.norm())}
 
 
 def _about(path: Path) -> Mapping[str, str] | None:
