@@ -39,9 +39,8 @@ def cross_attention_layers(unet: torch.nn.Module) -> dict[str, Attention]:
     found = {name: part for name, part in unet.named_modules() if name.split(".")[-1] == "attn2"}
     layers = {n: part for n, part in found.items() if isinstance(part, Attention) and part.is_cross_attention}
     if not layers:
-        raise NoCrossAttentionError(
-            f"{type(unet).__name__} has no cross-attention: expected a UNet with `attn2` modules that read a text"
-        )
+        message = "has no cross-attention: expected a UNet with `attn2` modules that read a text"
+        raise NoCrossAttentionError(f"{type(unet).__name__} {message}")
     return dict(sorted(layers.items(), key=lambda item: ("up_" in item[0], "mid_" in item[0])))
 
 
@@ -100,7 +99,7 @@ class _Watched(AttnProcessor):
 
 @contextmanager
 def _watching(unet: torch.nn.Module, sink: Sink | None = None, edit: Edit | None = None) -> Iterator[None]:
-    """A guest in every layer of ``unet``; when the last guest goes, the processor that was there comes back."""
+    """A guest in every layer; when the last guest goes, the processor that was there comes back."""
     guest, mine = (sink, edit), []
     try:
         for name, layer in cross_attention_layers(unet).items():
