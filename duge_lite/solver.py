@@ -1,0 +1,401 @@
+r"""Forgetting, solved: with the attention maps kept, the three losses are a linear system (ours).
+
+A head hears the text at a place p of the picture as z_p = sum_t a_pt e_t: the token vectors e_t (D numbers),
+averaged with its attention a. It says V z_p. As long as only the values V learn, the three losses are sums of
+squares of one unknown,
+
+.. math:: \lambda_U E|V z - V_0 z^*|^2 + \lambda_{pr} E|V z - V_0 z|^2 + \lambda_R |V - V_0|^2
+
+over places of pictures of what goes (z* is what the head would hear if it were asked for something else) and of
+what stays. The minimum is one D x D solve per head::
+
+    V = V0 (X + r) (S + r)^-1,   S = sum z z^T,   X = sum z* z^T,   z* = z for what stays
+
+There is no gradient, no learning rate and no second model, and what the denoiser has to do is to draw. The sums
+of several requests add up, so that their order cannot matter.
+
+The hidden states behind z are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
+prompt. What is to stay and what may go later are the same pictures; a request only changes what is wanted of
+some of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .attention import cross_attention_layers
+from .concepts import Concept, ModelCard, wishes
+from .config import UnlearnConfig
+from .models import Pictures, draw_pictures, encode_prompts, swapped
+from .processes import from_main, gathered, share
+
+
+def fingerprint(pipe: DiffusionPipeline) -> str:
+    """Tells one model's weights from another's: a digest of up to 256 numbers of every tensor."""
+    digest = hashlib.sha1()
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if (module := getattr(pipe, part, None)) is None:
+            continue
+        for name, p in module.named_parameters():
+            digest.update(f"{part}.{name} {tuple(p.shape)}".encode())
+            some = p.detach().flatten()[:: max(1, p.numel() // 256)]
+            digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights of all cross-attention layers, by name."""
+    return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
+
+
+def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
+    """Where each head of a layer looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
+
+    The layer's own Q and K, as in diffusers' plain processor.
+    """
+    query = attn.to_q(hidden.to(attn.to_q.weight)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    key = attn.to_k(text.to(attn.to_k.weight)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return ((query.float() * attn.scale) @ key.float().transpose(-1, -2)).softmax(dim=-1)
+
+
+def spoken(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
+    """What each head says, V z: (P, heads, R, C / heads)."""
+    heard = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
+    return heard @ attn.to_v.weight.float().unflatten(0, (attn.heads, -1)).mT
+
+
+def _exact(x: Tensor) -> Tensor:
+    """As many bits as the device has: 64, or 32 on MPS."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def _sum(left: Tensor, between: Tensor, right: Tensor) -> Tensor:
+    """Mean over prompts of left^T between right: (P, T, D), (P, heads, T, T), (P, T, D) -> (heads, D, D)."""
+    inner = between @ right[:, None]  # (P, heads, T, D)
+    return torch.einsum("ptd,phte->hde", left, inner) / max(1, len(left))
+
+
+class Sums:
+    """What one layer's heads heard of some prompts: mean z z^T, z* z^T and z* z*^T, (heads, D, D) each."""
+
+    def __init__(
+        self, attn: Attention, hidden: Tensor, text: Tensor, instead: Tensor | None = None, eta: float = 0.0
+    ) -> None:
+        """``hidden`` (P, R, C) of the pictures, ``text`` (P, T, D) of their prompts; ``instead`` (P, T, D) is
+        what is wanted, eta past it; None for what is to stay."""
+        a, e = _exact(attention_maps(attn, hidden, text)), _exact(text.to(hidden.device))
+        places = hidden.shape[1]
+        self.heard = _sum(e, a.mT @ a / places, e)
+        self.wanted = self.size = self.heard
+        if instead is not None:
+            b, f = _exact(attention_maps(attn, hidden, instead)), _exact(instead.to(hidden.device))
+            cross = _sum(f, b.mT @ a / places, e)  # of what would be heard with what is heard
+            far = _sum(f, b.mT @ b / places, f)
+            self.wanted = (1 + eta) * cross - eta * self.heard
+            self.size = (1 + eta) ** 2 * far - eta * (1 + eta) * (cross + cross.mT) + eta**2 * self.heard
+
+    def loss(self, values: Tensor, reference: Tensor) -> float:
+        """Mean |V z - V0 z*|^2 over places and channels; both (heads, C / heads, D)."""
+        own = torch.einsum("hcd,hde,hce->", values, self.heard, values)
+        both = torch.einsum("hcd,hde,hce->", reference, self.wanted, values)
+        wanted = torch.einsum("hcd,hde,hce->", reference, self.size, reference)
+        return max(0.0, float(own - 2 * both + wanted)) / values.shape[:2].numel()
+
+
+def solve_head(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
+    """V = V0 (X + r I) (S + r I)^-1: ``reference`` (heads, d, D), ``heard`` S and ``wanted`` X (heads, D, D).
+
+    Where S has no inverse (no ridge, little heard) the least change that fits is taken.
+    """
+    eye = torch.eye(heard.shape[-1], dtype=heard.dtype, device=heard.device)
+    left, right = heard + ridge * eye, reference @ (wanted + ridge * eye)
+    change = right - reference @ left  # of V, times S
+    solved, info = torch.linalg.solve_ex(left, change, left=False)
+    if info.any() or not torch.isfinite(solved).all():
+        solved = change @ torch.linalg.pinv(left, hermitian=True)
+    return reference + solved
+
+
+class PictureBook:
+    """What the cross-attention layers saw while the reference drew, prompt by prompt.
+
+    Attributes:
+        card: of the model.
+        memory: prompts of what is to stay, until it goes.
+        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places`` places
+            at each of ``steps`` moments, of both halves of guidance.
+        reference: the cross-attention weights of the base model, by name, in main memory.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        card: ModelCard,
+        config: UnlearnConfig,
+        memory: Sequence[str] | None = None,
+    ) -> None:
+        self.card = card
+        self.memory = tuple(
+            card.memory_prompts(config.memory_size, config.seed) if memory is None else memory
+        )
+        if not self.memory or not all(isinstance(p, str) for p in self.memory):
+            raise ValueError(f"memory = {memory!r}: expected prompts of what is to stay, at least one")
+        self.steps, self.places, self.seed = config.num_inference_steps, config.places, config.seed
+        self.layers = cross_attention_layers(pipe.unet)
+        weights = cross_attention_weights(pipe.unet)
+        self.reference = {name: p.detach().cpu().clone() for name, p in weights.items()}
+        self.base = fingerprint(pipe)
+        self.gone_at: dict[str, tuple[Concept, ...]] = {self.base: ()}
+        self.seen: dict[str, dict[str, Tensor]] = {}
+        self._rankings: dict[str, pd.Series] = {}
+        self._latents: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(
+        cls,
+        pipe: DiffusionPipeline,
+        card: ModelCard,
+        config: UnlearnConfig,
+        memory: Sequence[str] | None = None,
+        directory: Path | None = None,
+    ) -> PictureBook:
+        """The book of ``pipe``: the one there is, as long as the weights are ones that it knows; else a new one.
+
+        A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
+        """
+        old = cls.known(pipe)
+        with old.at_base(pipe) if old else nullcontext():
+            new = cls(pipe, card, config, memory)
+        if old is not None:
+            if old._settings() == new._settings():
+                return old
+            new.gone_at = old.gone_at
+        if directory is not None:
+            new._read(directory)
+        _BOOKS[pipe.unet] = new
+        return new
+
+    @staticmethod
+    def known(pipe: DiffusionPipeline) -> PictureBook | None:
+        """The book of ``pipe``, if its weights are ones that the book knows."""
+        book = _BOOKS.get(pipe.unet)
+        return book if book is not None and fingerprint(pipe) in book.gone_at else None
+
+    def _settings(self) -> tuple:
+        return (self.card.name, self.memory, self.steps, self.places, self.seed)
+
+    def gone(self, pipe: DiffusionPipeline) -> tuple[Concept, ...]:
+        """What the pipeline has forgotten by now, by the weights that it has."""
+        return self.gone_at[fingerprint(pipe)]
+
+    @contextmanager
+    def at_base(self, pipe: DiffusionPipeline) -> Iterator[None]:
+        """The pipeline as it was before anything went."""
+        with swapped(cross_attention_weights(pipe.unet), self.reference):
+            yield
+
+    def pictures(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Pictures:
+        """What the reference draws for ``prompts``; each is drawn once."""
+        if missing := [p for p in dict.fromkeys(prompts) if p not in self._latents]:
+            with self.at_base(pipe):
+                drawn = draw_pictures(pipe, missing, seed=1_500_000 + self.seed, card=self.card)
+            self._latents |= dict(zip(missing, drawn.latents, strict=True))
+        latents = torch.stack([self._latents[p] for p in prompts])
+        return Pictures(latents, encode_prompts(pipe, prompts), tuple(prompts))
+
+    @torch.no_grad()
+    def draw(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
+        """Lets the reference draw what the book does not hold yet; several processes share it."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self.seen]
+        if not missing:
+            return
+        mine, found = share(missing), []
+        with self.at_base(pipe):
+            for i in range(0, len(mine), self.card.batch_size):
+                found += self._draw(pipe, mine[i : i + self.card.batch_size])
+        self.seen |= dict(gathered(found))
+
+    def _draw(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[tuple[str, dict[str, Tensor]]]:
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        pick = torch.Generator().manual_seed(self.seed)  # the same places for every prompt
+
+        def look(name: str):
+            def hook(attn: Attention, args: tuple, kwargs: dict) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]  # (2 B or B, H*W, C)
+                places = torch.randperm(hidden.shape[1], generator=pick)[: self.places]
+                halves = hidden[:, places.to(hidden.device)].half().cpu().unflatten(0, (-1, len(prompts)))
+                rows[name].append(halves.transpose(0, 1).flatten(1, 2))  # (B, halves * places, C)
+
+            return hook
+
+        hooks = [
+            attn.register_forward_pre_hook(look(name), with_kwargs=True) for name, attn in self.layers.items()
+        ]
+        seeds = [zlib.crc32(f"{self.seed} {p}".encode()) for p in prompts]  # of the concept, not the request
+        try:
+            pipe(
+                list(prompts),
+                num_inference_steps=self.steps,
+                guidance_scale=self.card.guidance_scale,
+                generator=[torch.Generator().manual_seed(s) for s in seeds],
+                output_type="latent",
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
+        return [(p, {n: x[i].clone() for n, x in drawn.items()}) for i, p in enumerate(prompts)]
+
+    def _rows(self, layer: str, prompts: Sequence[str]) -> Tensor:
+        """(P, R, C), on the layer's device."""
+        rows = torch.stack([self.seen[p][layer] for p in prompts])
+        return rows.to(self.layers[layer].to_v.weight)
+
+    @torch.no_grad()
+    def ranking(self, pipe: DiffusionPipeline, concept: Concept) -> pd.Series:
+        """How far each of the card's concepts is from ``concept``: the nearest first.
+
+        The squared distance of what the heads say at the concept's pictures when they are asked for the one in
+        place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv 2512.02657,
+        which compares predictions of noise).
+        """
+        if concept.name in self._rankings:
+            return self._rankings[concept.name]
+        self.draw(pipe, concept.prompts)
+        device, others = pipe.unet.device, [c for c in self.card.concepts if c != concept.name]
+        own = encode_prompts(pipe, concept.prompts).to(device)
+        texts = {o: encode_prompts(pipe, self.card.prompts(o)).to(device) for o in others}
+        far = dict.fromkeys(others, 0.0)
+        with self.at_base(pipe):
+            for name, attn in self.layers.items():
+                hidden = self._rows(name, concept.prompts)
+                said = spoken(attn, hidden, own)
+                for other, text in texts.items():
+                    off = spoken(attn, hidden, text) - said
+                    far[other] += float(off.square().sum() / said.square().sum()) / len(self.layers)
+        self._rankings[concept.name] = pd.Series(far, dtype=float).sort_values(kind="stable")
+        return self._rankings[concept.name]
+
+    def wishes(
+        self, pipe: DiffusionPipeline, gone: Sequence[Concept], config: UnlearnConfig
+    ) -> tuple[dict[str, str], list[str]]:
+        """What is wanted of every prompt that asks for something ``gone``; and the prompts that are to stay.
+
+        Raises ValueError when nothing is left to draw instead, or to remember.
+        """
+        names = {c.name for c in gone}
+
+        def choose(concept: Concept) -> Sequence[str]:
+            if concept.instead:
+                return concept.instead
+            if config.instead == "nameless":
+                return self.card.nameless(concept.name)
+            if config.instead != "nearest":
+                return self.card.prompts(config.instead)
+            kept = [c for c in self.ranking(pipe, concept).index if c not in names]
+            if not kept:
+                raise ValueError('every concept is to go: say what is asked instead, or instead="nameless"')
+            return self.card.prompts(kept[0])
+
+        ends = wishes(gone, choose)
+        keep = [p for p in self.memory if p not in ends and not any(c.named_in(p) for c in gone)]
+        if not keep:
+            raise ValueError("every picture of the memory shows what is to go: nothing is left to stay")
+        return ends, keep
+
+    @torch.no_grad()
+    def solve(
+        self, pipe: DiffusionPipeline, gone: Sequence[Concept], config: UnlearnConfig
+    ) -> tuple[dict[str, Tensor], pd.DataFrame]:
+        """The minimum of the three losses: the new cross-attention weights by name, and each layer's losses.
+
+        A function of what is ``gone``, not of its order. Every prompt counts the same: the loss of what goes
+        is weighed with its share of the prompts, that of what stays with its own. The table has a row per
+        layer: attention, prior and regularization, before and after, and ``change``, the norm of the change
+        as a share of the norm of the values' weights.
+        """
+        ends, keep = self.wishes(pipe, gone, config) if gone else ({}, list(self.memory))
+        self.draw(pipe, [*ends, *keep])
+        lambda_attention, lambda_prior, ridge = config.weights
+        lambda_attention *= len(ends) / (len(ends) + len(keep))
+        lambda_prior *= len(keep) / (len(ends) + len(keep))
+        asked, instead, stay = (
+            encode_prompts(pipe, part).to(pipe.unet.device) if part else None
+            for part in (list(ends), list(ends.values()), keep)
+        )
+        weights, rows = dict(self.reference), []
+        with self.at_base(pipe):
+            for name, attn in self.layers.items():
+                values = _exact(attn.to_v.weight).unflatten(0, (attn.heads, -1))  # (heads, d, D)
+                kept = Sums(attn, self._rows(name, keep), stay)
+                heard = wanted = lambda_prior * kept.heard
+                losses = {"attention before": 0.0, "attention after": 0.0}
+                if ends:
+                    went = Sums(attn, self._rows(name, list(ends)), asked, instead, config.eta)
+                    heard = heard + lambda_attention * went.heard
+                    wanted = wanted + lambda_attention * went.wanted
+                size = heard.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what a head hears
+                new = solve_head(values, heard, wanted, ridge * size)
+                weights[f"{name}.to_v.weight"] = new.flatten(0, 1)
+                if ends:
+                    losses = {
+                        f"attention {when}": went.loss(v, values)
+                        for when, v in (("before", values), ("after", new))
+                    }
+                losses |= {"prior before": 0.0, "prior after": kept.loss(new, values)}
+                losses |= {"regularization before": 0.0}
+                losses |= {"regularization after": float((new - values).square().mean())}
+                change = float((new - values).norm() / values.norm())
+                rows.append({"layer": name} | losses | {"change": change})
+        return weights, pd.DataFrame(rows).set_index("layer")
+
+    def write(self, directory: Path) -> None:
+        """Keeps the hidden states on disk; the main process writes."""
+        from_main(lambda: self._write(directory))
+
+    def _write(self, directory: Path) -> None:
+        path, about = directory / "book.safetensors", {"base": self.base, "settings": repr(self._settings())}
+        about["prompts"] = json.dumps(list(self.seen))
+        if path.exists() and _about(path) == about:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{i} {n}": x for i, p in enumerate(self.seen) for n, x in self.seen[p].items()}
+        save_file(tensors, path.with_suffix(".part"), metadata=about)
+        os.replace(path.with_suffix(".part"), path)
+
+    def _read(self, directory: Path) -> None:
+        """Takes what is on disk, if it was drawn by this model with these settings; else it is drawn anew."""
+        path = directory / "book.safetensors"
+        about = _about(path) if path.exists() else None
+        if about is None or (about.get("base"), about.get("settings")) != (self.base, repr(self._settings())):
+            return
+        with safe_open(path, "pt") as file:
+            for i, prompt in enumerate(json.loads(about["prompts"])):
+                self.seen[prompt] = {name: file.get_tensor(f"{i} {name}") for name in self.layers}
+
+
+def _about(path: Path) -> Mapping[str, str] | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()
+    except (SafetensorError, OSError):
+        return None  # damaged: it is only a cache
+
+
+_BOOKS: WeakKeyDictionary[torch.nn.Module, PictureBook] = WeakKeyDictionary()
+"""One book per denoiser, for as long as it lives."""
