@@ -28,8 +28,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from PIL import Image
 from torch import Tensor
 
+from .concepts import model_card
 from .errors import NoCrossAttentionError, WordNotInPromptError
-from .models import model_card
 
 Size = tuple[int, int]
 
@@ -534,7 +534,10 @@ def trace(
         raise TypeError("a picture that exists is looked at, not drawn: it takes timesteps, and no guidance")
     _check(pipe, prompt, settings)
     card = model_card(pipe)
-    settings = {"num_inference_steps": card.steps, "guidance_scale": card.guidance_scale} | settings
+    settings = {
+        "num_inference_steps": card.num_inference_steps,
+        "guidance_scale": card.guidance_scale,
+    } | settings
     settings.setdefault("generator", torch.Generator("cpu").manual_seed(int(settings.pop("seed", 0))))
     pictures: list[Image.Image] = []
 

@@ -171,7 +171,7 @@ def step_labels(requests: Sequence[str]) -> list[str]:
 def picture_history(
     pictures: Sequence[Sequence[Image.Image]], names: Sequence[str], requests: Sequence[str], title: str = ""
 ) -> Plot:
-    """Rows are models (base, then after each request), columns ``names`` on fixed seeds; framed: was to go."""
+    """Rows are models (base, then after each request), columns ``names``; framed: was to go."""
     gone = {(k, j) for k in range(len(pictures)) for j, name in enumerate(names) if name in requests[:k]}
     return image_grid(pictures, step_labels(requests), names, title, 0.6, gone)
 
@@ -207,7 +207,7 @@ def _maps(
     smooth: bool = False,
     power: float = 1.0,
 ) -> tuple[Plot, np.ndarray]:
-    """Maps on one scale; beside them the picture, or above each column the picture that lies under its maps."""
+    """Maps on one scale; beside them the picture, or above each column the one under its maps."""
     top = max(float(m.max()) for row in rows.values() for m in row)
     norm = PowerNorm(power, 0, max(top, 1e-9))
     down, right = int(bool(under)), int(picture is not None and not under)
@@ -349,7 +349,8 @@ def target_maps(
             size = max(heat.shape)
             one.plot(x + 0.5, y + 0.5, "x", color="white", ms=30 / size, mew=6 / size)
     figure.alt = f"{title or 'Maps'}, in {len(layers)} layers: " + "; ".join(
-        f"{name}: {np.mean([m.mean() for m in row]):.1%} on average, {sum(int((m < 0).sum()) for m in row)} places below zero"
+        f"{name}: {np.mean([m.mean() for m in row]):.1%} on average, "
+        f"{sum(int((m < 0).sum()) for m in row)} places below zero"
         for name, row in maps.items()
     )
     return figure
@@ -456,7 +457,7 @@ def denoising(trace: AttentionTrace, word: str, title: str = "") -> Slides:
 
 
 def loss_curves(history: pd.DataFrame, title: str = "The three losses while forgetting") -> Plot:
-    """One panel per loss (unweighted, log scale), with a running mean; ``history`` is indexed by iteration."""
+    """One panel per loss (unweighted, log scale), with a running mean; ``history`` by iteration."""
     panels = {
         "forget": "attention loss\n(forget: falls)",
         "prior": "prior-preservation loss\n(keep: stays small)",
@@ -475,6 +476,30 @@ def loss_curves(history: pd.DataFrame, title: str = "The three losses while forg
         _tidy(one, label, "iteration")
     ends = {c: (history[c].iloc[0], history[c].iloc[-1]) for c in panels} if len(history) else {}
     figure.alt = f"{title}. " + "; ".join(f"{c} {a:.3g} to {b:.3g}" for c, (a, b) in ends.items())
+    return figure
+
+
+def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer by layer") -> Plot:
+    """One panel per loss, a line per layer from before (circle) to after (triangle), log scale."""
+    names = {"attention": "attention loss\n(falls)", "prior": "prior-preservation loss\n(stays small)",
+             "regularization": "regularization loss\n(distance walked)"}  # fmt: skip
+    figure, axes = _plot(9, 1.1 + 0.22 * len(history), 1, 3, title, "○ before, ▶ after; none: 0", sharey=True)
+    at = np.arange(len(history))
+    for one, (name, label) in zip(axes[0], names.items(), strict=True):
+        before, after = (history[f"{name} {when}"].where(lambda v: v > 0) for when in ("before", "after"))
+        one.hlines(at, before, after, color=ACCENT, linewidth=2, alpha=0.5)
+        one.plot(before, at, "o", mfc="white", mec=ACCENT, ms=6)
+        one.plot(after, at, ">", color=KEPT, ms=6)
+        one.set_xscale("log")
+        one.xaxis.set_major_formatter("{x:g}")
+        one.xaxis.set_minor_formatter("")
+        _tidy(one, label)
+    axes[0, 0].set_yticks(at, map(layer_label, history.index), fontsize=8)
+    axes[0, 0].invert_yaxis()
+    means = history.mean()
+    figure.alt = f"{title}. Means over layers: " + "; ".join(
+        f"{name} {means[f'{name} before']:.3g} to {means[f'{name} after']:.3g}" for name in names
+    )
     return figure
 
 
@@ -573,7 +598,7 @@ def drift_over_requests(drifts: Mapping[str, pd.DataFrame], title: str = "How fa
 def accuracy_plot(
     before: pd.DataFrame, after: pd.DataFrame, forgotten: Sequence[str] = (), title: str = ""
 ) -> Plot:
-    """The judge's accuracy per concept before (open) and after (filled), with 95 % intervals; ✕: was to go."""
+    """The judge's accuracy per concept before (open) and after (filled), with 95 % intervals."""
     names, title = list(before.index), title or "What the judge recognises, before and after"
     n = f", n = {int(after.images.iloc[0])} pictures each" if "images" in after else ""
     caption = f"○ before; ● after, to be kept; ✕ after, to be forgotten; lines: 95 % intervals{n}"

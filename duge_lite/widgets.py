@@ -20,10 +20,12 @@ from PIL import Image
 
 from . import figures
 from .attention import AttentionTrace, trace
+from .concepts import ModelCard, model_card
+from .config import UnlearnConfig
 from .evaluation import Judge
-from .models import ModelCard, model_card, sample
+from .models import sample
 from .sequence import UnlearningSequence
-from .unlearning import UnlearnConfig, UnlearningRun, unlearn
+from .unlearning import UnlearningRun, unlearn
 from .viewer import Comparison, Slides, compare
 
 
@@ -163,7 +165,7 @@ def preview(
 def before_and_after(
     pipe: DiffusionPipeline, concept: str, config: UnlearnConfig | None = None, seed: int = 0
 ) -> tuple[figures.Plot, UnlearningRun]:
-    """Forgets ``concept`` in place: the same seeds before and after, and the run (``run.restore()`` undoes)."""
+    """Forgets ``concept`` in place: the same seeds before and after, and the run (its way back)."""
     model_card(pipe).check(concept)
     was = preview(pipe, concept, seed)
     run = unlearn(pipe, concept, config)
@@ -191,8 +193,8 @@ class UnlearningStudio(_App):
             "lambda_prior": "prior: everything else stays",
             "lambda_regularization": "regularization: near the start",
         }
-        for name, text in texts.items():
-            value = float(getattr(config, name))
+        for (name, text), weight in zip(texts.items(), config.weights, strict=True):
+            value = float(weight)
             top = dict(min=0.0, max=max(1.0, 4 * value), step=max(1.0, 4 * value) / 100)
             self.sliders[name] = _field(widgets.FloatSlider, text, value, **top)
         self.sliders["eta"] = _field(
@@ -281,7 +283,7 @@ def unlearning_studio(
     card = model_card(pipe)
     if judge is None and card.judge == "doodle":
         judge = Judge.load(card.judge)
-    return UnlearningStudio(pipe, config or card.config(), seed, judge)
+    return UnlearningStudio(pipe, config or UnlearnConfig(**card.settings), seed, judge)
 
 
 # ---- the timeline
