@@ -6,6 +6,8 @@
 >>> duge.evaluate(pipe, ["apple", "orange"])
 """
 
+import importlib
+
 from transformers.utils import logging as _logging
 
 _verbosity = _logging.get_verbosity()
@@ -32,3 +34,12 @@ __all__ = [
     "model_card", "processes", "record_attention", "results_dir", "sample", "trace", "unlearn",
     "unlearn_sequence", "unlearn_steps",
 ]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name in (
+        "figures",
+        "widgets",
+    ):  # when they are asked for: ipywidgets and figures take a while to import
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

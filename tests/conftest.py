@@ -28,7 +28,7 @@ import duge_lite as duge
 from duge_lite.doodles import train
 from duge_lite.doodles.captions import SYNONYMS, caption
 from duge_lite.doodles.draw import sample_scene
-from duge_lite.lessons import Pictures, encode_prompts
+from duge_lite.models import Pictures, encode_prompts
 
 settings.register_profile("here", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("here")

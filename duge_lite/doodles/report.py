@@ -12,10 +12,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
-from .. import visualize
 from ..attention import trace
 from ..evaluation import Judge, evaluate, wilson_interval
+from ..figures import contact_sheet, word_overlay
 from ..models import load_oracle, load_pipeline, sample
+from ..widgets import before_and_after
 from .captions import prompt
 from .draw import BACKGROUNDS, OBJECTS, STYLES, draw_scene, sample_scene
 
@@ -81,12 +82,12 @@ def zero_shot(folder: Path, images: list[Image.Image], scenes: list) -> float:
 
 def figures(out: Path) -> None:
     """Draws the contact sheet of the data card, where a word looks, and the README's before and after."""
-    from ..widgets import before_and_after
-
-    (out / "contact-sheet.png").write_bytes(visualize.contact_sheet().png())
+    (out / "contact-sheet.png").write_bytes(contact_sheet().png())
     pipe = load_pipeline(out / "doodle-sd")
-    late = trace(pipe, prompt(("apple", "umbrella")), seed=3, steps=12).at(8).step(slice(6, None))
-    attention = visualize.word_overlay(late, ["apple", "umbrella", "<pad>"])
+    late = (
+        trace(pipe, prompt(("apple", "umbrella")), seed=3, num_inference_steps=12).at(8).step(slice(6, None))
+    )
+    attention = word_overlay(late, ["apple", "umbrella", "<pad>"])
     (out / "attention.png").write_bytes(attention.png())
     figure, _ = before_and_after(pipe, "apple")
     (out / "overview.png").write_bytes(figure.png())
