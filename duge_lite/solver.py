@@ -6,13 +6,13 @@ squares of one unknown,
 
 .. math:: \lambda_U E|V z - V_0 z^*|^2 + \lambda_{pr} E|V z - V_0 z|^2 + \lambda_R |V - V_0|^2
 
-over places of pictures of what goes (z* is what the head would hear if it were asked for something else) and of
-what stays. The minimum is one D x D solve per head::
+over places of pictures of what goes (z* is what the head would hear if it were asked for something else) and
+of what stays. The minimum is one D x D solve per head::
 
     V = V0 (X + r) (S + r)^-1,   S = sum z z^T,   X = sum z* z^T,   z* = z for what stays
 
-There is no gradient, no learning rate and no second model, and what the denoiser has to do is to draw. The sums
-of several requests add up, so that their order cannot matter.
+There is no gradient, no learning rate and no second model, and what the denoiser has to do is to draw. The
+sums of several requests add up, so that their order cannot matter.
 
 The hidden states behind z are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
 prompt. What is to stay and what may go later are the same pictures; a request only changes what is wanted of
@@ -64,7 +64,7 @@ def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Paramet
 
 
 def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
-    """Where each head of a layer looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
+    """Where each head looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
 
     The layer's own Q and K, as in diffusers' plain processor.
     """
@@ -137,8 +137,8 @@ class PictureBook:
     Attributes:
         card: of the model.
         memory: prompts of what is to stay, until it goes.
-        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places`` places
-            at each of ``steps`` moments, of both halves of guidance.
+        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places``
+            places at each of ``steps`` moments, of both halves of guidance.
         reference: the cross-attention weights of the base model, by name, in main memory.
     """
 
@@ -174,7 +174,7 @@ class PictureBook:
         memory: Sequence[str] | None = None,
         directory: Path | None = None,
     ) -> PictureBook:
-        """The book of ``pipe``: the one there is, as long as the weights are ones that it knows; else a new one.
+        """The book of ``pipe``: the one there is, while the weights are ones that it knows; else a new one.
 
         A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
         """
@@ -270,9 +270,9 @@ class PictureBook:
     def ranking(self, pipe: DiffusionPipeline, concept: Concept) -> pd.Series:
         """How far each of the card's concepts is from ``concept``: the nearest first.
 
-        The squared distance of what the heads say at the concept's pictures when they are asked for the one in
-        place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv 2512.02657,
-        which compares predictions of noise).
+        The squared distance of what the heads say at the concept's pictures when they are asked for the one
+        in place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv
+        2512.02657, which compares predictions of noise).
         """
         if concept.name in self._rankings:
             return self._rankings[concept.name]
