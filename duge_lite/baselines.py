@@ -127,7 +127,7 @@ def uce(
     before = {n: w.detach().cpu().clone() for n, w in matrices.items()}
     overwrite(matrices, {n: w.double().cpu() @ change for n, w in matrices.items()})
     if book:
-        book.gone_at[fingerprint(pipe)] = (*gone, goes)
+        book.gone_at.setdefault(fingerprint(pipe), (*gone, goes))
     history = pd.DataFrame(index=pd.Index([], name="layer"))
     seconds = time.perf_counter() - started
     return UnlearningRun(pipe, (goes,), UnlearnConfig(), history, seconds, before, base, "UCE")

@@ -41,6 +41,7 @@ from torch import Tensor
 from .attention import cross_attention_layers
 from .concepts import Concept, ModelCard, wishes
 from .config import UnlearnConfig
+from .errors import DivergedError
 from .models import Pictures, draw_pictures, encode_prompts, swapped
 from .processes import from_main, gathered, share
 
@@ -126,7 +127,8 @@ def solve_head(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | 
     left, right = heard + ridge * eye, reference @ (wanted + ridge * eye)
     change = right - reference @ left  # of V, times S
     solved, info = torch.linalg.solve_ex(left, change, left=False)
-    if info.any() or not torch.isfinite(solved).all():
+    # without a ridge the elimination can pass over a pivot that is rounding alone
+    if info.any() or not torch.as_tensor(ridge).all():
         solved = change @ torch.linalg.pinv(left, hermitian=True)
     return reference + solved
 
@@ -182,7 +184,7 @@ class PictureBook:
         with old.at_base(pipe) if old else nullcontext():
             new = cls(pipe, card, config, memory)
         if old is not None:
-            if old._settings() == new._settings():
+            if old._settings() == new._settings() and old.card == card:
                 return old
             new.gone_at = old.gone_at
         if directory is not None:
@@ -197,7 +199,8 @@ class PictureBook:
         return book if book is not None and fingerprint(pipe) in book.gone_at else None
 
     def _settings(self) -> tuple:
-        return (self.card.name, self.memory, self.steps, self.places, self.seed)
+        about_card = (self.card.name, self.card.guidance_scale)
+        return (about_card, self.memory, self.steps, self.places, self.seed)
 
     def gone(self, pipe: DiffusionPipeline) -> tuple[Concept, ...]:
         """What the pipeline has forgotten by now, by the weights that it has."""
@@ -349,6 +352,8 @@ class PictureBook:
                     went = Sums(attn, self._rows(name, list(ends)), asked, instead, config.eta)
                     heard = heard + lambda_attention * went.heard
                     wanted = wanted + lambda_attention * went.wanted
+                if not torch.isfinite(heard + wanted).all():
+                    raise DivergedError(f"what {name} hears is not finite; the weights are as they were")
                 size = heard.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what a head hears
                 new = solve_head(values, heard, wanted, ridge * size)
                 weights[f"{name}.to_v.weight"] = new.flatten(0, 1)
@@ -375,8 +380,17 @@ class PictureBook:
             return
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i} {n}": x for i, p in enumerate(self.seen) for n, x in self.seen[p].items()}
-        save_file(tensors, path.with_suffix(".part"), metadata=about)
-        os.replace(path.with_suffix(".part"), path)
+        draft = path.with_suffix(".part")
+        try:
+            save_file(tensors, draft, metadata=about)
+            os.replace(draft, path)
+        except (
+            SafetensorError,
+            OSError,
+        ) as error:  # a full disk: safetensors has its own kind of error for it
+            draft.unlink(missing_ok=True)
+            size = sum(x.nbytes for x in tensors.values()) / 1e6
+            raise OSError(f"could not write {path} ({error}): it needs {size:.1f} MB of free disk") from error
 
     def _read(self, directory: Path) -> None:
         """Takes what is on disk, if it was drawn by this model with these settings; else it is drawn anew."""

@@ -321,7 +321,7 @@ def unlearn(
         columns = [f.name for f in fields(UnlearnState) if f.name != "iterations"]
         history = pd.DataFrame(rows, columns=columns).set_index("step")
     if set(before) <= set(book.reference):
-        book.gone_at[fingerprint(pipe)] = (*gone, *concepts)
+        book.gone_at.setdefault(fingerprint(pipe), (*gone, *concepts))  # known weights: nothing went
     seconds, peak = time.perf_counter() - started, _peak_memory(pipe.unet.device)
     return UnlearningRun(
         pipe, concepts, config, history, seconds, before, book.reference, objective.name, peak
