@@ -54,7 +54,9 @@ def survey(
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in range(images)]
     frame = pd.DataFrame(rows, columns=["group", "prompt"])
     seeds = [seed + i for _ in prompts for i in range(images)]
-    pictures = sample(pipe, list(frame.prompt), seeds, **{"num_inference_steps": card.sampling_steps} | options)
+    pictures = sample(
+        pipe, list(frame.prompt), seeds, **{"num_inference_steps": card.sampling_steps} | options
+    )
     frame["picture"] = pd.Series(pictures, dtype=object)
     frame["named"] = judge.names(pictures, card.styles if concept in card.styles else card.judged)
     return frame.assign(seen=judge.sees(pictures, concept))

@@ -142,7 +142,7 @@ class ModelCard:
 
     @property
     def forgettable(self) -> tuple[str, ...]:
-        """All that the card lists and that can be asked to go: the concepts, and every style but the plain."""
+        """All that the card lists and that can be asked to go: concepts, and every style but the plain."""
         return self.concepts + self.styles[1:]
 
     def prompts(self, concept: str) -> list[str]:
@@ -203,7 +203,7 @@ class ModelCard:
         return Concept(name, self.prompts(name), self.nameless(name))
 
     def memory_prompts(self, size: int | None = None, seed: int = 0) -> list[str]:
-        """What is to stay: ``size`` prompts, spread evenly over concepts and styles; by default all there are.
+        """What is to stay: ``size`` prompts, spread over concepts and styles evenly; by default all of them.
 
         Each round names every concept once, the styles in turn; the prompts without a name stand last.
         """

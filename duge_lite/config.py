@@ -19,7 +19,7 @@ TRAINABLE: dict[str, Callable[[str], bool]] = {
     "kv": lambda name: ".attn2.to_k" in name or ".attn2.to_v" in name,
     "full": lambda name: True,
 }
-"""Which weights the gradient solver lets learn, by the name of the choice: a test of each parameter's name."""
+"""Which weights the gradient solver lets learn, by the choice's name: a test of each parameter's name."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class UnlearnConfig:
         solver: "exact": the losses' minimum at once, in seconds (:mod:`duge_lite.solver`); "gradient": the
             paper's form, step by step through the whole denoiser (:mod:`duge_lite.gradient`): minutes, and
             harder to bring back by a learned word (benchmarks/results).
-        lambda_attention, lambda_prior, lambda_regularization: weights of the three losses; None for those that
-            suit the solver. The exact solver counts the regularization in units of the mean square of what a
-            head hears.
+        lambda_attention, lambda_prior, lambda_regularization: weights of the three losses; None for those
+            that suit the solver. The exact solver counts the regularization in units of the mean square of
+            what a head hears.
         instead: what is asked in the place of a concept of the model's card: "nearest", the kept concept that
             is nearest by the model's own answers; "nameless", the prompt with the name left out ("a neon
             sign" for "a neon sign of an apple"); or the name of a concept that stays.

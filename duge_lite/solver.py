@@ -43,6 +43,7 @@ from torch import Tensor
 from .attention import cross_attention_layers
 from .concepts import Concept, ModelCard, wishes
 from .config import UnlearnConfig
+from .errors import DivergedError
 from .losses import attention_target
 from .models import Pictures, draw_pictures, encode_prompts, swapped
 from .processes import from_main, gathered, share
@@ -67,7 +68,7 @@ def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Paramet
 
 
 def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
-    """Where each head of a layer looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
+    """Where each head looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
 
     The layer's own Q and K, as in diffusers' plain processor.
     """
@@ -126,7 +127,8 @@ def solve_matrix(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float 
     left = heard + ridge * eye
     change = reference @ (wanted - heard)  # of W, times S + r
     solved, info = torch.linalg.solve_ex(left, change, left=False)
-    if info.any() or not torch.isfinite(solved).all():
+    # without a ridge the elimination can pass over a pivot that is rounding alone
+    if info.any() or not torch.as_tensor(ridge).all():
         solved = change @ torch.linalg.pinv(left, hermitian=True)
     return reference + solved
 
@@ -137,8 +139,8 @@ class PictureBook:
     Attributes:
         card: of the model.
         memory: prompts of what is to stay, until it goes.
-        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places`` places
-            at each of ``steps`` moments, of both halves of guidance.
+        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places``
+            places at each of ``steps`` moments, of both halves of guidance.
         reference: the cross-attention weights of the base model, by name, in main memory.
     """
 
@@ -174,7 +176,7 @@ class PictureBook:
         memory: Sequence[str] | None = None,
         directory: Path | None = None,
     ) -> PictureBook:
-        """The book of ``pipe``: the one there is, as long as the weights are ones that it knows; else a new one.
+        """The book of ``pipe``: the one there is, while the weights are ones that it knows; else a new one.
 
         A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
         """
@@ -182,7 +184,7 @@ class PictureBook:
         with old.at_base(pipe) if old else nullcontext():
             new = cls(pipe, card, config, memory)
         if old is not None:
-            if old._settings() == new._settings():
+            if old._settings() == new._settings() and old.card == card:
                 return old
             new.gone_at = old.gone_at
         if directory is not None:
@@ -197,7 +199,8 @@ class PictureBook:
         return book if book is not None and fingerprint(pipe) in book.gone_at else None
 
     def _settings(self) -> tuple:
-        return (self.card.name, self.memory, self.steps, self.places, self.seed)
+        about_card = (self.card.name, self.card.guidance_scale)
+        return (about_card, self.memory, self.steps, self.places, self.seed)
 
     def gone(self, pipe: DiffusionPipeline) -> tuple[Concept, ...]:
         """What the pipeline has forgotten by now, by the weights that it has."""
@@ -270,9 +273,9 @@ class PictureBook:
     def ranking(self, pipe: DiffusionPipeline, concept: Concept) -> pd.Series:
         """How far each of the card's concepts is from ``concept``: the nearest first.
 
-        The squared distance of what the heads say at the concept's pictures when they are asked for the one in
-        place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv 2512.02657,
-        which compares predictions of noise).
+        The squared distance of what the heads say at the concept's pictures when they are asked for the one
+        in place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv
+        2512.02657, which compares predictions of noise).
         """
         if concept.name in self._rankings:
             return self._rankings[concept.name]
@@ -352,6 +355,8 @@ class PictureBook:
                     went = Sums(own, attention_target(own, other, "negative", config.eta))
                     read = read + lambda_attention * went.heard
                     wanted = wanted + lambda_attention * went.wanted
+                if not torch.isfinite(read + wanted).all():
+                    raise DivergedError(f"what {name} hears is not finite; the weights are as they were")
                 size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
                 new = solve_matrix(old, read, wanted, ridge * size)
                 weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1)
@@ -369,8 +374,17 @@ class PictureBook:
             return
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i} {n}": x for i, p in enumerate(self.seen) for n, x in self.seen[p].items()}
-        save_file(tensors, path.with_suffix(".part"), metadata=about)
-        os.replace(path.with_suffix(".part"), path)
+        draft = path.with_suffix(".part")
+        try:
+            save_file(tensors, draft, metadata=about)
+            os.replace(draft, path)
+        except (
+            SafetensorError,
+            OSError,
+        ) as error:  # a full disk: safetensors has its own kind of error for it
+            draft.unlink(missing_ok=True)
+            size = sum(x.nbytes for x in tensors.values()) / 1e6
+            raise OSError(f"could not write {path} ({error}): it needs {size:.1f} MB of free disk") from error
 
     def _read(self, directory: Path) -> None:
         """Takes what is on disk, if it was drawn by this model with these settings; else it is drawn anew."""

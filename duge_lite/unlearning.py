@@ -56,8 +56,8 @@ class UnlearningRun:
     Attributes:
         concepts: what was asked to go.
         config, objective: how; ``objective`` is the method's name.
-        history: of the exact solver a row per layer, the three losses before and after; of the gradient solver
-            a row per iteration: loss, forget, prior, regularization, and the gradient norms.
+        history: of the exact solver a row per layer, the three losses before and after; of the gradient
+            solver a row per iteration: loss, forget, prior, regularization, and the gradient norms.
         seconds: wall-clock time, the drawing of the memory included.
         before: the weights that changed, as they were, on the CPU.
         base: the cross-attention weights of the model before anything went, by name.
@@ -102,8 +102,8 @@ class UnlearningRun:
         """The prior-preservation loss that the exact solver does not look at: of the predicted noise.
 
         On ``count`` noisy versions of memory pictures, at moments that nobody learned from. Returns
-        ``prior``, the mean squared error against the reference's prediction, and ``share``, the same as a share
-        of the prediction's mean square.
+        ``prior``, the mean squared error against the reference's prediction, and ``share``, the same as a
+        share of the prediction's mean square.
         """
         book = PictureBook.known(self.pipe)
         if book is None:
@@ -155,13 +155,13 @@ class UnlearningRun:
         return folder
 
     def export_lora(self, folder: str | Path, rank: int = 16) -> float:
-        """Writes the change from the base model as LoRA: plain diffusers reads it, ``pipe.load_lora_weights(folder)``.
+        """Writes the change from the base model as LoRA, for ``pipe.load_lora_weights(folder)`` of diffusers.
 
         Each matrix's change is cut to its ``rank`` largest directions (SVD). Returns how much that loses: the
         norm of what is left out, as a share of the norm of the change.
 
-        Raises ValueError when nothing changed or something else than cross-attention did, FileExistsError when
-        ``folder`` is a file.
+        Raises ValueError when nothing changed or something else than cross-attention did, FileExistsError
+        when ``folder`` is a file.
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -273,8 +273,8 @@ def unlearn(
 ) -> UnlearningRun:
     """Makes ``pipe`` forget ``concept``, in place: ``duge.unlearn(pipe, "apple")``.
 
-    What the same pipeline forgot before stays forgotten, and the order does not matter: the exact solver solves
-    for all of it together.
+    What the same pipeline forgot before stays forgotten, and the order does not matter: the exact solver
+    solves for all of it together.
 
     Args:
         concept: a name, a :class:`~duge_lite.concepts.Concept`, or several at once.
@@ -285,8 +285,8 @@ def unlearn(
         card: what the model knows; by default :func:`~duge_lite.concepts.model_card`.
         directory: where the exact solver keeps what it saw, for the next time.
 
-    The stop button keeps what the gradient solver has learned so far; after any other interruption and after an
-    error the weights are as they were. Raises UnknownConceptError for a word that the model never read,
+    The stop button keeps what the gradient solver has learned so far; after any other interruption and after
+    an error the weights are as they were. Raises UnknownConceptError for a word that the model never read,
     ValueError when nothing is left to stay or to be drawn instead, and what :func:`unlearn_steps` raises.
     """
     started = time.perf_counter()
@@ -321,7 +321,7 @@ def unlearn(
         columns = [f.name for f in fields(UnlearnState) if f.name != "iterations"]
         history = pd.DataFrame(rows, columns=columns).set_index("step")
     if set(before) <= set(book.reference):
-        book.gone_at[fingerprint(pipe)] = (*gone, *concepts)
+        book.gone_at.setdefault(fingerprint(pipe), (*gone, *concepts))  # known weights: nothing went
     seconds, peak = time.perf_counter() - started, _peak_memory(pipe.unet.device)
     return UnlearningRun(
         pipe, concepts, config, history, seconds, before, book.reference, objective.name, peak
@@ -338,9 +338,9 @@ def unlearn_steps(
 ) -> Iterator[UnlearnState]:
     """The gradient solver as a generator: forgets in place and yields a state after each iteration.
 
-    Stopping early (``break``) keeps what was learned so far; between two states the pipeline can be used. Raises
-    DivergedError when a loss is no longer finite, OutOfMemoryError when the device's memory is too small;
-    after both the weights are as they were.
+    Stopping early (``break``) keeps what was learned so far; between two states the pipeline can be used.
+    Raises DivergedError when a loss is no longer finite, OutOfMemoryError when the device's memory is too
+    small; after both the weights are as they were.
     """
     check_arguments(pipe, config)
     card = card or model_card(pipe)
