@@ -38,8 +38,8 @@ class UnlearnConfig:
             sign" for "a neon sign of an apple"); or the name of a concept that stays.
         eta: how far past what is asked instead the target lies.
         memory_size: how many prompts are remembered; None for all that the card has.
-        solve: which matrix of each layer the exact solver solves for: "output", through which every word has to
-            pass, or "values", which a learned word can walk around (benchmarks/results).
+        solve: which matrix of each layer the exact solver solves for: "output", through which every word has
+            to pass, or "values", which a learned word can walk around (benchmarks/results).
         num_inference_steps, places: moments, and places per layer and moment, that the exact solver looks at.
         iterations, batch_size, memory_batch_size, lr, grad_clip: of the gradient solver's AdamW.
         target_size, lessons: of the gradient solver: pictures of the concept, and how many noisy versions of

@@ -1,20 +1,21 @@
 r"""Forgetting, solved: with the attention maps kept, the three losses are a linear system (ours).
 
-A cross-attention layer writes, at a place p of the picture, ``o_p = O f_p + b``. Here f_p is what its heads say
-(C numbers): ``V_h z_p`` of each head, and z_p is the text as that head hears it, the token vectors averaged with
-its attention. As long as only the output matrix O learns, the three losses are sums of squares of one unknown,
+A cross-attention layer writes, at a place p of the picture, ``o_p = O f_p + b``. Here f_p is what its heads
+say (C numbers): ``V_h z_p`` of each head, and z_p is the text as that head hears it, the token vectors
+averaged with its attention. As long as only the output matrix O learns, the three losses are sums of squares
+of one unknown,
 
 .. math:: \lambda_U E|O f - O_0 f^*|^2 + \lambda_{pr} E|O f - O_0 f|^2 + \lambda_R |O - O_0|^2
 
-over places of pictures of what goes (f* is what the heads would say if they were asked for something else) and
-of what stays. The minimum is one C x C solve per layer::
+over places of pictures of what goes (f* is what the heads would say if they were asked for something else)
+and of what stays. The minimum is one C x C solve per layer::
 
     O = O0 (X + r) (S + r)^-1,   S = mean f f^T,   X = mean f* f^T,   f* = f for what stays
 
-There is no gradient, no learning rate and no second model, and all that the denoiser has to do is to draw. The
-means of several requests add up, so that their order cannot matter. The layer is linear in its values V as well,
-with z in the place of f, a D x D solve per head: ``solve="values"``. That forgets as well, but a learned word
-finds its way around it; every word has to pass through O.
+There is no gradient, no learning rate and no second model, and all that the denoiser has to do is to draw.
+The means of several requests add up, so that their order cannot matter. The layer is linear in its values V
+as well, with z in the place of f, a D x D solve per head: ``solve="values"``. That forgets too, but a learned
+word finds its way around it; every word has to pass through O.
 
 The hidden states behind f are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
 prompt. What is to stay and what may go later are the same pictures; a request only changes what is wanted of
@@ -78,8 +79,11 @@ def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
 
 
 def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
-    """What the solved matrix reads: (P, 1, R, C), what the heads say, for the output matrix; (P, heads, R, D),
-    the text as each head hears it, for the values."""
+    """What the solved matrix reads at ``hidden`` (P, R, C) of ``text`` (P, T, D).
+
+    For the output matrix what the heads say, (P, 1, R, C); for the values the text as each head hears it,
+    (P, heads, R, D).
+    """
     z = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
     if solve == "values":
         return z
@@ -100,7 +104,7 @@ def _exact(x: Tensor) -> Tensor:
 
 
 class Sums:
-    """Means over places and prompts of f f^T, f* f^T and f* f*^T: ``heard``, ``wanted``, ``size``, (heads, F, F)."""
+    """Means over places and prompts, (heads, F, F): ``heard`` f f^T, ``wanted`` f* f^T, ``size`` f* f*^T."""
 
     def __init__(self, said: Tensor, instead: Tensor | None = None) -> None:
         """``said`` (P, heads, R, F) is f; ``instead`` (P, heads, R, F) is f*, None for what is to stay."""
@@ -119,7 +123,7 @@ class Sums:
 
 
 def solve_matrix(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
-    """W = W0 (X + r I) (S + r I)^-1: ``reference`` (heads, channels, F), ``heard`` S, ``wanted`` X (heads, F, F).
+    """W = W0 (X + r I) (S + r I)^-1, with S ``heard`` and X ``wanted`` (heads, F, F), W0 (heads, channels, F).
 
     Where S has no inverse (no ridge, little heard) the least change that fits is taken.
     """

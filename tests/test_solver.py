@@ -20,7 +20,7 @@ from duge_lite.losses import (
     prior_preservation_loss,
     regularization_loss,
 )
-from duge_lite.solver import PictureBook, Sums, attention_maps, solve_head
+from duge_lite.solver import PictureBook, Sums, heard, solve_matrix, solved_matrix
 
 
 def random64(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,7 +34,7 @@ def test_ridge_by_hand():
     """z = (1, 0) is to be heard as (0, 1): what V says of it, (1, 3), goes half the way to (2, 4)."""
     base = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]).double()  # one head, two channels, two numbers of text
     z, wanted = torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 1.0]).double()
-    new = solve_head(base, torch.outer(z, z)[None], torch.outer(wanted, z)[None], ridge=1.0)
+    new = solve_matrix(base, torch.outer(z, z)[None], torch.outer(wanted, z)[None], ridge=1.0)
     torch.testing.assert_close(new, torch.tensor([[[1.5, 2.0], [3.5, 4.0]]]).double())
 
 
@@ -42,7 +42,7 @@ def test_ridge_by_hand():
 def test_without_ridge_the_least_change_that_fits(seed, heard):
     """Also where fewer directions are heard than there are: the others stay."""
     base, z, wanted = random64(1, 3, 8, seed=seed), *random64(2, heard, 8, seed=seed + 1)
-    new = solve_head(base, z.T @ z[None], wanted.T @ z[None], ridge=0.0)[0]
+    new = solve_matrix(base, z.T @ z[None], wanted.T @ z[None], ridge=0.0)[0]
     torch.testing.assert_close(new @ z.T, base[0] @ wanted.T, rtol=1e-4, atol=1e-4)
     aside = torch.linalg.svd(z)[2][heard:]  # (8 - heard, 8)
     torch.testing.assert_close(new @ aside.T, base[0] @ aside.T, rtol=1e-4, atol=1e-4)
@@ -50,53 +50,59 @@ def test_without_ridge_the_least_change_that_fits(seed, heard):
 
 def test_without_ridge_and_with_much_heard_it_is_least_squares():
     base, z, wanted = random64(1, 3, 4), random64(50, 4, seed=1), random64(50, 4, seed=2)
-    new = solve_head(base, z.T @ z[None], wanted.T @ z[None], ridge=0.0)[0]
+    new = solve_matrix(base, z.T @ z[None], wanted.T @ z[None], ridge=0.0)[0]
     torch.testing.assert_close(new.T, torch.linalg.lstsq(z, wanted @ base[0].T).solution)
 
 
-@pytest.fixture(scope="module")
-def layer():
-    """A layer, what it met, and the texts: of what goes, what is asked instead, and what stays."""
+@pytest.fixture(scope="module", params=["output", "values"])
+def layer(request):
+    """What a layer's matrix reads of three texts (it goes, it is asked instead, it stays), and the matrix."""
     torch.manual_seed(0)
     attn = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=5).double()
-    hidden, *texts = random64(3, 7, 16), *random64(3, 3, 6, 12, seed=1)
-    return attn, hidden, texts, attn.to_v.weight.detach().unflatten(0, (2, -1))
+    hidden, texts = random64(3, 7, 16), random64(3, 3, 6, 12, seed=1)
+    with torch.no_grad():
+        rows = [heard(attn, hidden, text, request.param).double() for text in texts]
+    return rows, solved_matrix(attn, request.param).detach()
 
 
-def heard(attn, hidden, text) -> torch.Tensor:
-    return attention_maps(attn, hidden, text).double() @ text[:, None]  # (P, heads, R, D)
+@torch.no_grad()
+def test_what_is_read_makes_what_the_layer_writes():
+    """Output times what the heads say: diffusers' own answer. Values times what they hear: what they say."""
+    torch.manual_seed(1)
+    attn = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=5)
+    hidden, text = torch.randn(3, 7, 16), torch.randn(3, 6, 12)
+    said, z = heard(attn, hidden, text, "output"), heard(attn, hidden, text, "values")
+    wrote = (said @ solved_matrix(attn, "output").mT)[:, 0] + attn.to_out[0].bias
+    torch.testing.assert_close(wrote, attn(hidden, encoder_hidden_states=text))
+    spoken = (z @ solved_matrix(attn, "values").mT).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(spoken, said[:, 0])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_the_sums_hold_the_losses(layer, eta):
-    """From D x D sums alone, what losses.py says of every place, at any values."""
-    attn, hidden, (text, other, stays), base = layer
-    values = base + 0.3 * random64(*base.shape, seed=9)
-
-    def said(v, rows):
-        return rows @ v.mT
-
-    z, z2, kept = (heard(attn, hidden, t) for t in (text, other, stays))
-    wanted = said(base, attention_target(z, z2, eta=eta))
-    expected = cross_attention_loss([said(values, z)], [wanted], relative=False)
-    assert Sums(attn, hidden, text, other, eta).loss(values, base) == pytest.approx(float(expected), rel=1e-4)
-    expected = prior_preservation_loss(said(values, kept), said(base, kept))
-    assert Sums(attn, hidden, stays).loss(values, base) == pytest.approx(float(expected), rel=1e-4)
+    """From the sums alone, what losses.py says of every place, at any values."""
+    (f, other, kept), base = layer
+    matrix = base + 0.3 * random64(*base.shape, seed=9)
+    wanted = attention_target(f, other, eta=eta)
+    expected = cross_attention_loss([f @ matrix.mT], [wanted @ base.mT], relative=False)
+    assert Sums(f, wanted).loss(matrix, base) == pytest.approx(float(expected), rel=1e-6)
+    expected = prior_preservation_loss(kept @ matrix.mT, kept @ base.mT)
+    assert Sums(kept).loss(matrix, base) == pytest.approx(float(expected), rel=1e-6)
 
 
 @torch.no_grad()
 @given(st.integers(0, 2**31), st.sampled_from([1e-3, 1e-1]), st.sampled_from([0.0, 0.5]))
 def test_no_step_away_from_the_solution_lowers_the_losses(layer, seed, size, eta):
-    attn, hidden, (text, other, stays), base = layer
+    (f, other, stay), base = layer
     a, b, r = 0.7, 1.3, 0.05
-    went, kept = Sums(attn, hidden, text, other, eta), Sums(attn, hidden, stays)
-    best = solve_head(base, a * went.heard + b * kept.heard, a * went.wanted + b * kept.wanted, r)
-    z, z2, stay = (heard(attn, hidden, t) for t in (text, other, stays))
-    wanted = attention_target(z, z2, eta=eta) @ base.mT
+    target = attention_target(f, other, eta=eta)
+    went, kept = Sums(f, target), Sums(stay)
+    best = solve_matrix(base, a * went.heard + b * kept.heard, a * went.wanted + b * kept.wanted, r)
+    wanted = target @ base.mT
 
     def total(v) -> float:
-        forget = cross_attention_loss([z @ v.mT], [wanted], relative=False)
+        forget = cross_attention_loss([f @ v.mT], [wanted], relative=False)
         prior = prior_preservation_loss(stay @ v.mT, stay @ base.mT)
         pull = regularization_loss({"v": v}, {"v": base}) * v.shape[-1]  # per channel, as the others
         return float(a * forget + b * prior + r * pull)
