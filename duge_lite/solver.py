@@ -123,7 +123,7 @@ class Sums:
 
 
 def solve_matrix(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
-    """W = W0 (X + r I) (S + r I)^-1, with S ``heard`` and X ``wanted`` (heads, F, F), W0 (heads, channels, F).
+    """W = W0 (X + r I) (S + r I)^-1; S ``heard``, X ``wanted``: (heads, F, F); W0: (heads, channels, F).
 
     Where S has no inverse (no ridge, little heard) the least change that fits is taken.
     """
