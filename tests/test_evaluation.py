@@ -357,7 +357,7 @@ def test_the_shipped_model_draws_what_it_is_asked_for(doodle_master, judge):
     assert table.accuracy.mean() >= 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_shipped_model_knows_its_whole_world(doodle_master, judge):
     table = duge.evaluate(doodle_master, images=10, judge=judge)
     assert table.accuracy.mean() >= 0.97

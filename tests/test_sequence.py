@@ -306,7 +306,8 @@ def test_a_full_disk_takes_back_the_request(tiny_pipe, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_twenty_random_moments(tiny_master, tmp_path):
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.nightly)])
+def test_killed_at_random_moments(tiny_master, tmp_path, times):
     """kill -9, again and again: the weights are in the end those of a sequence that nobody disturbed."""
 
     def work(folder) -> multiprocessing.Process:
@@ -322,7 +323,7 @@ def test_killed_at_twenty_random_moments(tiny_master, tmp_path):
     undisturbed.join()
     seconds, moments = time.perf_counter() - started, random.Random(0)
     assert undisturbed.exitcode == 0
-    for _ in range(20):
+    for _ in range(times):
         process = work(tmp_path / "b")
         process.join(moments.uniform(0, 0.5 * seconds))
         process.kill()

@@ -985,19 +985,6 @@ def test_a_run_plots_itself(forget):
 
 
 @pytest.mark.slow
-def test_the_shipped_model_forgets_the_apple_and_little_else(doodle_pipe):
-    others = [name for name in OBJECTS if name != "apple"]
-    base = duge.evaluate(doodle_pipe, others, images=10)
-    run = unlearn(doodle_pipe, "apple", progress=False)
-    after = duge.evaluate(doodle_pipe, OBJECTS, images=10)
-    assert after.accuracy["apple"] <= 0.10
-    assert after.accuracy[others].mean() >= 0.90 * base.accuracy.mean()
-    assert run.seconds <= 180
-    run.restore()
-    again = duge.evaluate(doodle_pipe, ["apple", "orange"], images=10)
-    assert again.accuracy["apple"] >= 0.9
-
-
 @pytest.mark.parametrize("match", ["output", "probs"])
 def test_the_shipped_model_starts_to_forget(doodle_pipe, match):
     prompts = ["a photo of a harp", "a photo of a car"]
