@@ -106,6 +106,7 @@ def memories(monkeypatch):
     return used
 
 
+@pytest.mark.slow
 def test_the_memory_is_of_constant_size_and_never_shows_what_went(tiny_pipe, drawn, memories):
     forget(tiny_pipe, config=dataclasses.replace(TINY, memory_size=60))
     assert [len(m) for m in memories] == [60, 60, 60]
@@ -121,6 +122,7 @@ def test_the_memory_is_of_constant_size_and_never_shows_what_went(tiny_pipe, dra
     ]
 
 
+@pytest.mark.slow
 def test_what_stays_in_the_memory_is_drawn_once(tiny_pipe, drawn, memories):
     forget(tiny_pipe, config=dataclasses.replace(TINY, memory_size=60))
     counts = [len(prompts) for prompts, _ in drawn["memory"]]
@@ -133,6 +135,7 @@ def test_what_stays_in_the_memory_is_drawn_once(tiny_pipe, drawn, memories):
 MERGE = dataclasses.replace(TINY, merge=True, revisit=0.0)
 
 
+@pytest.mark.slow
 def test_changes_learned_alone_add_up(tiny_pipe, drawn, tmp_path):
     sequence = forget(tiny_pipe, ("apple", "car"), MERGE, directory=tmp_path)
     both, first, base = sequence.weights(2), sequence.weights(1), sequence.base
@@ -182,6 +185,7 @@ def test_no_prompt_of_what_goes_names_something_else_that_went(tiny_pipe, drawn)
     assert not any("neon" in text for text in apples)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_by_the_model_whose_answers_count(tiny_pipe, drawn):
     base = weights(tiny_pipe)
     forget(tiny_pipe, ("apple", "car")).pipeline(at=0)

@@ -95,6 +95,7 @@ def test_a_quick_look_counts_bystanders_that_have_a_label(pipe):
 # Styles are plain English
 
 
+@pytest.mark.slow
 def test_a_style_is_forgotten_and_the_memory_has_every_style(pipe):
     card = duge.model_card(pipe)
     assert {p.split(" of ")[0] for p in memory_prompts(card, ["apple"], 40)} == {
