@@ -46,7 +46,8 @@ def _small(check):
     def run(self):
         for name, most in IN_CONFIGS.items():
             if hasattr(self, name):
-                object.__setattr__(self, name, min(getattr(self, name), most))
+                now = getattr(self, name)  # None: as many as there are
+                object.__setattr__(self, name, most if now is None else min(now, most))
         check(self)
     return run
 
