@@ -281,7 +281,6 @@ def test_pixels_that_do_not_fit_are_refused(pipe):
         traced(pipe, height=100)
 
 
-@pytest.mark.slow
 def test_xl_is_loaded_to_be_looked_at(pipes, tmp_path):
     pipes["sdxl"].save_pretrained(tmp_path / "xl")
     pipe = duge.load_pipeline(tmp_path / "xl", device="cpu")
@@ -670,7 +669,6 @@ def test_a_unet_without_cross_attention():
 # ---------------------------------------------------------------------------- memory
 
 
-@pytest.mark.slow
 def test_fifty_steps_at_512_pixels_fit_in_250_megabytes(clip_tokenizer):
     """The geometry of Stable Diffusion 1.x (16 layers, 64x64 to 8x8, 77 tokens) on thin channels."""
     pipe = make_pipeline(
