@@ -39,6 +39,7 @@ def test_losses_by_hand(objective, expected):
     assert float(objective.loss(learner, wanted)) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [baselines.esd(), baselines.concept_ablation("orange"), baselines.gradient_ascent()]
 )

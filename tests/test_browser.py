@@ -1,4 +1,4 @@
-"""The viewer, the explorer and the studio in a real Chromium: a real JupyterLab, and a plain page.
+"""The viewer, the explorer, the studio and the timeline in a real Chromium: JupyterLab and a plain page.
 
 Skipped where Chromium is missing. ``DUGE_SCREENSHOTS=folder`` keeps pictures of what the browser showed.
 """
@@ -27,6 +27,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),  # one browser and one server for all
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)"),
 ]
 
@@ -247,13 +248,27 @@ app"""
 ]
 
 
+ERODE = [
+    """import duge_lite as duge
+from duge_lite import widgets
+pipe = duge.load_pipeline("tiny")
+sizes = dict(batch_size=2, memory_batch_size=2, target_size=2, memory_size=2, lessons=4)
+config = duge.UnlearnConfig(iterations=2, **sizes)
+sequence = duge.unlearn_sequence(pipe, ["apple", "car"], config, progress=False)
+matrix = sequence.matrix(["apple", "car", "orange", "neon"], images=1, steps=1)
+app = widgets.erosion_timeline(sequence, matrix, ["apple", "orange", "car", "star"])
+app""",
+    """app.timeline = None  # from here on, drawing fails""",
+]
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, tiny_master):
-    """The address of a real JupyterLab on a folder with one notebook and a tiny model."""
+    """The address of a real JupyterLab on a folder with three notebooks and a tiny model."""
     folder = tmp_path_factory.mktemp("lab")
     tiny_master.save_pretrained(folder / "tiny")
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    for name, sources in {"see": CELLS, "forget": FORGET}.items():
+    for name, sources in {"see": CELLS, "forget": FORGET, "erode": ERODE}.items():
         cells = [nbformat.v4.new_code_cell(source) for source in sources]
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
     with socket.socket() as free:
@@ -430,3 +445,52 @@ def test_the_studio_in_jupyterlab(page, lab):
     colour = row.evaluate("e => getComputedStyle(e).color").removeprefix("rgb").strip("a()").split(",")
     assert sum(map(float, colour[:3])) > 3 * 128, "light text on dark"
     look(page, "studio-in-the-dark")
+
+
+def test_the_timeline_in_jupyterlab(page, lab):
+    cells = open_notebook(page, lab, "erode")
+    run_cell(page, 0)
+    app = cells.nth(0).locator(".jp-Cell-outputArea")
+    app.get_by_text("nothing was asked to go yet").wait_for()
+    shown = app.locator("img")
+    shown.wait_for()
+    base = shown.get_attribute("src")
+    assert shown.evaluate("e => e.naturalWidth") > 600
+    look(page, "timeline-at-first")
+
+    # dragging to the end passes by every request, and the picture follows
+    page.evaluate(
+        """() => { window.said = new Set();
+        new MutationObserver(() => {
+          const boxes = document.querySelectorAll('.jp-OutputArea .widget-html');
+          for (const e of boxes) window.said.add(e.innerText.trim());
+        }).observe(document.body, {subtree: true, characterData: true, childList: true}); }"""
+    )
+    handle, track = app.locator(".noUi-handle").bounding_box(), app.locator(".noUi-base").bounding_box()
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for step in range(1, 21):
+        page.mouse.move(x + track["width"] * step / 20, y)
+    page.mouse.up()
+    app.get_by_text("Asked to go: apple, car.").wait_for()
+    assert app.get_by_text("2 car").is_visible()
+    page.wait_for_function("([e, old]) => e.src !== old", arg=[shown.element_handle(), base])
+    assert any("Asked to go: apple. " in text for text in page.evaluate("[...window.said]"))
+    look(page, "timeline-dragged")
+
+    # the arrow keys move it as well; back at the base, the picture is the first one again
+    app.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowLeft")
+    app.get_by_text("Asked to go: apple. ").wait_for()
+    page.keyboard.press("ArrowLeft")
+    app.get_by_text("nothing was asked to go yet").wait_for()
+
+    # an error is one sentence in the app
+    run_cell(page, 1)
+    page.keyboard.press("Escape")
+    app.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    alert = app.get_by_role("alert")
+    alert.wait_for()
+    assert "NoneType" in alert.inner_text() and "\n" not in alert.inner_text().strip()

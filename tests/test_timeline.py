@@ -1,8 +1,7 @@
-"""Figures of a sequence, the erosion timeline and its exercise; then the timeline in a real JupyterLab."""
+"""Figures of a sequence, the erosion timeline and its exercise."""
 
 import io
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +9,6 @@ import torch
 from conftest import with_own_unet
 from matplotlib.colors import to_rgba
 from PIL import Image
-from test_browser import CHROMIUM, browser, lab, look, open_notebook, page, run_cell  # noqa: F401
 
 import duge_lite as duge
 from duge_lite import checks, timeline, widgets
@@ -241,86 +239,3 @@ def test_the_exercise_agrees_with_the_metrics(drawn):
 def test_a_wrong_answer_gets_its_own_hint(wrong, hint):
     verdict = checks.gone_and_kept(wrong)
     assert not verdict and hint in verdict.message
-
-
-# ---------------------------------------------------------------------------- in JupyterLab
-
-ERODE = [
-    f"""import duge_lite as duge
-from duge_lite import widgets
-pipe = duge.load_pipeline("tiny")
-config = duge.UnlearnConfig(iterations=2, **{SIZES})
-sequence = duge.unlearn_sequence(pipe, {REQUESTS}, config, progress=False)
-matrix = sequence.matrix(["apple", "car", "orange", "neon"], images=1, steps=1)
-app = widgets.erosion_timeline(sequence, matrix, ["apple", "orange", "car", "star"])
-app""",
-    """app.timeline = None  # from here on, drawing fails""",
-]
-
-
-def upload(page, lab, name: str, sources: list[str]) -> None:  # noqa: F811
-    """Puts a notebook beside the others, as JupyterLab itself would."""
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-    page.goto(f"{lab}/lab?reset")  # sets the cookie that the next request needs
-    status = page.evaluate(
-        """([path, content]) => fetch(path, {
-             method: 'PUT', body: JSON.stringify({type: 'notebook', format: 'json', content}),
-             headers: {'X-XSRFToken': document.cookie.match(/_xsrf=([^;]*)/)[1]}}).then(r => r.status)""",
-        [f"/api/contents/{name}.ipynb", notebook],
-    )
-    assert status == 201
-
-
-@pytest.mark.browser
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
-def test_the_timeline_in_jupyterlab(page, lab):  # noqa: F811
-    upload(page, lab, "erode", ERODE)
-    cells = open_notebook(page, lab, "erode")
-    run_cell(page, 0)
-    app = cells.nth(0).locator(".jp-Cell-outputArea")
-    app.get_by_text("nothing was asked to go yet").wait_for()
-    shown = app.locator("img")
-    shown.wait_for()
-    base = shown.get_attribute("src")
-    assert shown.evaluate("e => e.naturalWidth") > 600
-    look(page, "timeline-at-first")
-
-    # dragging to the end passes by every request, and the picture follows
-    page.evaluate(
-        """() => { window.said = new Set();
-        new MutationObserver(() => {
-          const boxes = document.querySelectorAll('.jp-OutputArea .widget-html');
-          for (const e of boxes) window.said.add(e.innerText.trim());
-        }).observe(document.body, {subtree: true, characterData: true, childList: true}); }"""
-    )
-    handle, track = app.locator(".noUi-handle").bounding_box(), app.locator(".noUi-base").bounding_box()
-    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    for step in range(1, 21):
-        page.mouse.move(x + track["width"] * step / 20, y)
-    page.mouse.up()
-    app.get_by_text("Asked to go: apple, car.").wait_for()
-    assert app.get_by_text("2 car").is_visible()
-    page.wait_for_function("([e, old]) => e.src !== old", arg=[shown.element_handle(), base])
-    assert any("Asked to go: apple. " in text for text in page.evaluate("[...window.said]"))
-    look(page, "timeline-dragged")
-
-    # the arrow keys move it as well; back at the base, the picture is the first one again
-    app.locator(".noUi-handle").focus()
-    page.keyboard.press("ArrowLeft")
-    app.get_by_text("Asked to go: apple. ").wait_for()
-    page.keyboard.press("ArrowLeft")
-    app.get_by_text("nothing was asked to go yet").wait_for()
-
-    # an error is one sentence in the app
-    run_cell(page, 1)
-    page.keyboard.press("Escape")
-    app.locator(".noUi-handle").focus()
-    page.keyboard.press("ArrowRight")
-    alert = app.get_by_role("alert")
-    alert.wait_for()
-    assert "NoneType" in alert.inner_text() and "\n" not in alert.inner_text().strip()

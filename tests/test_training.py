@@ -15,6 +15,8 @@ import duge_lite as duge
 from duge_lite.doodles import OBJECTS, draw, train
 from duge_lite.doodles.train import LABELS, Recipe, World, _rate, _render, fit
 
+pytestmark = pytest.mark.xdist_group("training")  # all compare with one undisturbed run
+
 
 @dataclasses.dataclass(frozen=True)
 class Miniature(Recipe):

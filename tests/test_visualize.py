@@ -43,6 +43,7 @@ def test_plot_shows_itself_as_png_with_alternative_text():
     assert "One star" in figure.alt
 
 
+@pytest.mark.slow
 def test_contact_sheet_shows_the_whole_world():
     figure = visualize.contact_sheet()
     assert len(figure.axes) == len(duge.doodles.OBJECTS) * len(duge.doodles.STYLES)

@@ -11,6 +11,7 @@ SMALL = duge.UnlearnConfig(
 )
 
 
+@pytest.mark.slow
 def test_before_and_after_shows_the_same_seeds_and_comes_back(tiny_pipe):
     base = {k: v.clone() for k, v in tiny_pipe.unet.state_dict().items()}
     figure, run = widgets.before_and_after(tiny_pipe, "car", SMALL)
