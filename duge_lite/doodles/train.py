@@ -12,7 +12,8 @@ was interrupted goes on where it was:
 6. ``decoder``      the autoencoder's second half again, on its own.
 
 ``--without apple`` trains an oracle instead: the denoiser once more, with the same recipe, in a world that
-has no apple. It takes the finished text encoder and autoencoder from ``--out``.
+has no apple. It takes the finished text encoder and autoencoder from ``--out``. With ``--more-steps`` it
+goes on from the oracle's finished weights in ``--out`` and writes them anew.
 
 Every batch is a function of (seed, stage, step) alone: a resumed run sees the batches that an
 undisturbed one would have seen. The recipe is ours; the loss weight of the denoiser is min-SNR-5
@@ -28,7 +29,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -77,6 +78,7 @@ class Recipe:
     decoder_steps: int = 900
     unet_steps: int = 7_000
     pair_steps: int = 5_000  # more steps of the denoiser, with two objects in every other picture
+    more_lr: float = 5e-4  # of an oracle that is trained on
     lr: float = 1e-3
     save_every: int = 250  # steps between checkpoints
     captions_dropped: float = 0.1  # empty captions, for classifier-free guidance
@@ -439,19 +441,17 @@ def _unique_embeddings(
     return torch.cat(states), which
 
 
-def train_unet(
+def unet_loss(
     world: World,
     latents: torch.Tensor,
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
     recipe: Recipe,
-    work: Path,
-    stage: str = "unet",
-) -> UNet2DConditionModel:
-    """Noise prediction on scaled latents with caption dropout; averaged weights."""
-    model = make_unet(recipe.seed).to(memory_format=torch.channels_last)
-    if _device().type == "cpu":  # there the fused attention's backward pass costs 40 % of a step
-        model.set_attn_processor(AttnProcessor())
+) -> Callable[..., torch.Tensor]:
+    """``loss_of(model, generator, pairs=0)``: noise prediction on 32 scaled latents with caption dropout.
+
+    The first ``pairs`` of them show two objects.
+    """
     scheduler = make_noise_scheduler()
     states, which = _unique_embeddings(world, tokenizer, text_encoder)
     weights = compute_snr(scheduler, torch.arange(len(scheduler.betas)))
@@ -472,6 +472,27 @@ def train_unet(
         error = (noise_pred.float() - noise.to(model.device)).square().mean(dim=(1, 2, 3))  # (B,)
         return (weights[timesteps].to(model.device) * error).mean()
 
+    return loss_of
+
+
+def _ready(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    if _device().type == "cpu":  # there the fused attention's backward pass costs 40 % of a step
+        unet.set_attn_processor(AttnProcessor())
+    return unet.to(memory_format=torch.channels_last)
+
+
+def train_unet(
+    world: World,
+    latents: torch.Tensor,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    recipe: Recipe,
+    work: Path,
+    stage: str = "unet",
+) -> UNet2DConditionModel:
+    """Noise prediction on scaled latents with caption dropout; averaged weights."""
+    model = _ready(make_unet(recipe.seed))
+    loss_of = unet_loss(world, latents, tokenizer, text_encoder, recipe)
     model = fit(stage, model, loss_of, recipe.unet_steps, recipe, work)
     return fit(f"{stage}-pairs", model, partial(loss_of, pairs=16), recipe.pair_steps, recipe, work)
 
@@ -572,11 +593,17 @@ def stages(recipe: Recipe, out: Path, work: Path) -> Iterator[str]:
     yield "decoder"
 
 
-def train_oracle(concepts: Sequence[str], name: str, recipe: Recipe, out: Path, work: Path) -> Path:
+def train_oracle(
+    concepts: Sequence[str], name: str, recipe: Recipe, out: Path, work: Path, more_steps: int = 0
+) -> Path:
     """Trains the denoiser in a world without ``concepts``; returns ``out/doodle-oracle-NAME/unet``.
 
     Text encoder, tokenizer and autoencoder are those of ``out/doodle-sd``: an oracle's denoiser fits
     into that pipeline.
+
+    ``more_steps`` trains a finished oracle on instead, from the weights in its folder: fresh AdamW, the rate
+    ``recipe.more_lr`` warms up and falls as in any stage, and a quarter of each batch are pairs. The
+    checkpoint is a stage's own ("...-more"): delete it before training on for a second time.
     """
     work.mkdir(parents=True, exist_ok=True)
     pipe = StableDiffusionPipeline.from_pretrained(
@@ -586,7 +613,14 @@ def train_oracle(concepts: Sequence[str], name: str, recipe: Recipe, out: Path, 
     world = World.cached(recipe.images, recipe.seed, work).without(concepts)
     latents = encode(pipe.vae, world, range(len(world.scenes))) * pipe.vae.config.scaling_factor
     stage, folder = f"unet-without-{name}", out / f"doodle-oracle-{name}" / "unet"
-    _half(train_unet(world, latents, pipe.tokenizer, pipe.text_encoder, recipe, work, stage), folder)
+    data = (world, latents, pipe.tokenizer, pipe.text_encoder, recipe)
+    if more_steps:
+        unet = _ready(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).float())
+        slower = replace(recipe, lr=recipe.more_lr)
+        unet = fit(f"{stage}-more", unet, partial(unet_loss(*data), pairs=8), more_steps, slower, work)
+    else:
+        unet = train_unet(*data, work, stage)
+    _half(unet, folder)
     return folder
 
 
@@ -596,6 +630,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where checkpoints go (default: OUT/.training)")
     parser.add_argument(
         "--without", metavar="CONCEPT", nargs="+", help="train the oracle that never saw these"
+    )
+    parser.add_argument(
+        "--more-steps", type=int, default=0, help="train that oracle on, from its weights in OUT"
     )
     parser.add_argument("--name", help="of the oracle's folder, doodle-oracle-NAME (default: its concepts)")
     parser.add_argument("--until", choices=STAGES, default="decoder", help="stop after this stage")
@@ -617,7 +654,7 @@ def main() -> None:
     started, work = time.time(), args.work or args.out / ".training"
     if args.without:
         name = args.name or "-".join(args.without).replace(" ", "-")
-        print(train_oracle(args.without, name, recipe, args.out, work))
+        print(train_oracle(args.without, name, recipe, args.out, work, args.more_steps))
         return
     for stage in stages(recipe, args.out, work):
         print(f"{stage} done after {(time.time() - started) / 60:.1f} min", flush=True)
