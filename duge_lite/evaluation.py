@@ -131,8 +131,9 @@ class Judge:
         return [owner.get(label, OTHER) for label in best]
 
     def sees(self, images: Sequence[Image.Image], concept: str) -> np.ndarray:
-        """Whether each picture shows ``concept``, whatever else it shows: above the judge's threshold, or, where
-        it was never calibrated, a probability of one half.
+        """Whether each picture shows ``concept``, whatever else it shows: above the judge's threshold.
+
+        One that was never calibrated goes by a probability of one half.
 
         A judge of an open choice gives one label: it sees what it names.
         """

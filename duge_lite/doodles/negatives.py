@@ -57,8 +57,8 @@ IN_PIECES: tuple[str, ...] = (
 )  # fmt: skip
 """Objects of which nothing is left when they lie in pieces and the largest is gone."""
 IN_HALVES: tuple[str, ...] = (
-    "apple", "orange", "umbrella", "parachute", "backpack", "bow tie", "sunglasses", "harp", "gas pump", "car",
-    "airplane", "house", "mushroom", "star",
+    "apple", "orange", "umbrella", "parachute", "backpack", "bow tie", "sunglasses", "harp", "gas pump",
+    "car", "airplane", "house", "mushroom", "star",
 )  # fmt: skip
 """Objects of which half is half."""
 ALIKE: tuple[frozenset[str], ...] = (

@@ -793,9 +793,12 @@ def main() -> None:
     parser.add_argument("--figures", action="store_true", help="draw the pictures of README and data card")
     args = parser.parse_args()
     if args.report or args.figures:
-        from .report import figures, report
+        from .report import figures, judge_figures, report
 
-        (report if args.report else figures)(args.out)
+        if args.report:
+            report(args.out, judge_only=args.judge)
+        else:
+            (judge_figures if args.judge else figures)(args.out)
         return
     steps = {"unet_steps": args.unet_steps, "pair_steps": args.pair_steps}
     recipe = Recipe(args.images, args.seed, **steps, compile=args.compile)

@@ -1,6 +1,6 @@
 """Pictures of nothing that no judge was trained on: other kinds, other generators, other seeds.
 
-Only the report uses them. The rule is that of :mod:`.negatives`: nothing that could pass for an object by eye.
+Only the report uses them. The rule is that of :mod:`.negatives`: nothing may pass for an object by eye.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def phases(rng: np.random.Generator) -> Image.Image:
     spectrum = np.fft.fft2(pixels, axes=(0, 1))
     turn = np.exp(1j * np.angle(np.fft.fft2(rng.normal(size=(SIZE, SIZE)))))
     turn[0, 0] = 1
-    return Image.fromarray(np.fft.ifft2(spectrum * turn[..., None], axes=(0, 1)).real.clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.fft.ifft2(spectrum * turn[..., None], axes=(0, 1)).real.clip(0, 255).astype(np.uint8)
+    )
 
 
 def ghost(rng: np.random.Generator) -> Image.Image:
