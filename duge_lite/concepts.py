@@ -60,7 +60,9 @@ class Concept:
 
     def named_in(self, prompt: str) -> bool:
         """Whether ``prompt`` asks for it: one of its prompts, or its name as whole words anywhere."""
-        return prompt in self.prompts or bool(re.search(rf"\b{re.escape(self.name)}\b", prompt, re.I))
+        return prompt in self.prompts or bool(
+            re.search(rf"(?<!\w){re.escape(self.name)}(?!\w)", prompt, re.I)
+        )
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class PictureBook:
         self.base = fingerprint(pipe)
         self.gone_at: dict[str, tuple[Concept, ...]] = {self.base: ()}
         self.seen: dict[str, dict[str, Tensor]] = {}
-        self._rankings: dict[str, pd.Series] = {}
+        self._rankings: dict[Concept, pd.Series] = {}
         self._latents: dict[str, Tensor] = {}
 
     @classmethod
@@ -281,12 +281,12 @@ class PictureBook:
         in place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv
         2512.02657, which compares predictions of noise).
         """
-        if concept.name in self._rankings:
-            return self._rankings[concept.name]
+        if concept in self._rankings:
+            return self._rankings[concept]
         self.draw(pipe, concept.prompts)
         device, others = pipe.unet.device, [c for c in self.card.concepts if c != concept.name]
         own = encode_prompts(pipe, concept.prompts).to(device)
-        texts = {o: encode_prompts(pipe, self.card.prompts(o)).to(device) for o in others}
+        texts = {o: encode_prompts(pipe, _matched(self.card.prompts(o), concept)).to(device) for o in others}
         far = dict.fromkeys(others, 0.0)
         with self.at_base(pipe):
             for name, attn in self.layers.items():
@@ -295,8 +295,8 @@ class PictureBook:
                 for other, text in texts.items():
                     off = heard(attn, hidden, text, "output") - said
                     far[other] += float(off.square().sum() / said.square().sum()) / len(self.layers)
-        self._rankings[concept.name] = pd.Series(far, dtype=float).sort_values(kind="stable")
-        return self._rankings[concept.name]
+        self._rankings[concept] = pd.Series(far, dtype=float).sort_values(kind="stable")
+        return self._rankings[concept]
 
     def wishes(
         self, pipe: DiffusionPipeline, gone: Sequence[Concept], config: UnlearnConfig
@@ -311,13 +311,20 @@ class PictureBook:
             if concept.instead:
                 return concept.instead
             if config.instead == "nameless":
-                return self.card.nameless(concept.name)
-            if config.instead != "nearest":
-                return self.card.prompts(config.instead)
-            kept = [c for c in self.ranking(pipe, concept).index if c not in names]
-            if not kept:
-                raise ValueError('every concept is to go: say what is asked instead, or instead="nameless"')
-            return self.card.prompts(kept[0])
+                others = self.card.nameless(concept.name)
+            elif config.instead != "nearest":
+                other = self.card.concept(config.instead)
+                if other.style:
+                    raise ValueError(f"instead = {other.name!r} is a style: expected an object")
+                others = other.prompts
+            else:
+                kept = [c for c in self.ranking(pipe, concept).index if c not in names]
+                if not kept:
+                    raise ValueError(
+                        'every concept is to go: say what is asked instead, or instead="nameless"'
+                    )
+                others = self.card.prompts(kept[0])
+            return _matched(others, concept)
 
         ends = wishes(gone, choose)
         keep = [p for p in self.memory if p not in ends and not any(c.named_in(p) for c in gone)]
@@ -407,6 +414,11 @@ def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str
     row |= {f"prior {when}": kept.loss(w, old) for when, w in pairs.items()}
     row |= {f"regularization {when}": float((w - old).square().mean()) for when, w in pairs.items()}
     return row | {"change": float((new - old).norm() / old.norm())}
+
+
+def _matched(others: Sequence[str], concept: Concept) -> Sequence[str]:
+    """One for each prompt of ``concept``: if these are not the card's, one per style, the plain one for all."""
+    return others if len(others) == len(concept.prompts) else [others[0]] * len(concept.prompts)
 
 
 def _about(path: Path) -> Mapping[str, str] | None:
