@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from duge_lite.lessons import Pictures, encode_prompts
 
 import duge_lite as duge
 from duge_lite import attacks, checks, visualize_attacks
 from duge_lite.doodles import SYNONYMS, captions
 from duge_lite.errors import DivergedError, UnknownConceptError
 from duge_lite.evaluation import wilson_interval
-from duge_lite.lessons import Pictures, encode_prompts
 
 QUICK = {"images": 2, "steps": 1}
 

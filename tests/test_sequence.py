@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import with_own_unet
+from duge_lite.lessons import Pictures, memory_prompts
 from safetensors.torch import load_file
 
 import duge_lite as duge
 from duge_lite import lessons, unlearning
 from duge_lite.errors import UnknownConceptError
 from duge_lite.evaluation import sequence_metrics
-from duge_lite.lessons import Pictures, memory_prompts
 from duge_lite.sequence import sequence_steps, unlearn_sequence
 from duge_lite.unlearning import UnlearnConfig, plain_parameters
 

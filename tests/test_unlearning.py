@@ -19,13 +19,13 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from duge_lite.lessons import DUGE, Pictures, draw_pictures, encode_prompts, memory_prompts
 
 import duge_lite as duge
 from duge_lite import baselines, unlearning
 from duge_lite.attention import cross_attention_layers
 from duge_lite.doodles import OBJECTS, STYLES
 from duge_lite.errors import DivergedError, UnknownConceptError
-from duge_lite.lessons import DUGE, Pictures, draw_pictures, encode_prompts, memory_prompts
 from duge_lite.losses import prior_preservation_loss
 from duge_lite.models import model_card
 from duge_lite.unlearning import (
