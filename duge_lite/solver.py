@@ -284,7 +284,7 @@ class PictureBook:
         own = encode_prompts(pipe, concept.prompts).to(device)
         texts = {o: encode_prompts(pipe, _matched(self.card.prompts(o), concept)).to(device) for o in others}
         far = dict.fromkeys(others, 0.0)
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(device.type, enabled=False):
             for name, attn in self.layers.items():
                 hidden = self._rows(name, concept.prompts)
                 said = spoken(attn, hidden, own)
@@ -349,7 +349,7 @@ class PictureBook:
             for part in (list(ends), list(ends.values()), keep)
         )
         weights, rows = dict(self.reference), []
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(pipe.unet.device.type, enabled=False):
             for name, attn in self.layers.items():
                 values = _exact(attn.to_v.weight).unflatten(0, (attn.heads, -1))  # (heads, d, D)
                 kept = Sums(attn, self._rows(name, keep), stay)
@@ -411,7 +411,7 @@ class PictureBook:
 
 
 def _matched(others: Sequence[str], concept: Concept) -> Sequence[str]:
-    """One for each prompt of ``concept``: if these are not the card's, one per style, the plain one for all."""
+    """One for each prompt of ``concept``; the plain one for all, where its prompts are its own."""
     return others if len(others) == len(concept.prompts) else [others[0]] * len(concept.prompts)
 
 
