@@ -261,7 +261,8 @@ class PictureBook:
         finally:
             for hook in hooks:
                 hook.remove()
-        drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
+        with torch.autocast("cpu", enabled=False):  # a caller's, in another kind of 16 bits
+            drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
         return [(p, {n: x[i].clone() for n, x in drawn.items()}) for i, p in enumerate(prompts)]
 
     def _rows(self, layer: str, prompts: Sequence[str]) -> Tensor:
