@@ -265,7 +265,8 @@ class PictureBook:
         finally:
             for hook in hooks:
                 hook.remove()
-        drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
+        with torch.autocast("cpu", enabled=False):  # a caller's, in another kind of 16 bits
+            drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
         return [(p, {n: x[i].clone() for n, x in drawn.items()}) for i, p in enumerate(prompts)]
 
     def _rows(self, layer: str, prompts: Sequence[str]) -> Tensor:
@@ -288,7 +289,7 @@ class PictureBook:
         own = encode_prompts(pipe, concept.prompts).to(device)
         texts = {o: encode_prompts(pipe, _matched(self.card.prompts(o), concept)).to(device) for o in others}
         far = dict.fromkeys(others, 0.0)
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(device.type, enabled=False):
             for name, attn in self.layers.items():
                 hidden = self._rows(name, concept.prompts)
                 said = heard(attn, hidden, own, "output")
@@ -354,7 +355,7 @@ class PictureBook:
         )
         weights, rows = dict(self.reference), []
         matrix = "to_v" if config.solve == "values" else "to_out.0"
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(pipe.unet.device.type, enabled=False):
             for name, attn in self.layers.items():
                 old = _exact(solved_matrix(attn, config.solve))
                 kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
@@ -417,7 +418,7 @@ def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str
 
 
 def _matched(others: Sequence[str], concept: Concept) -> Sequence[str]:
-    """One for each prompt of ``concept``: if these are not the card's, one per style, the plain one for all."""
+    """One for each prompt of ``concept``; the plain one for all, where its prompts are its own."""
     return others if len(others) == len(concept.prompts) else [others[0]] * len(concept.prompts)
 
 

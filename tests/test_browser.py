@@ -299,10 +299,9 @@ ERODE = [
     """import duge_lite as duge
 from duge_lite import widgets
 pipe = duge.load_pipeline("tiny")
-sizes = dict(batch_size=2, memory_batch_size=2, target_size=2, memory_size=2, lessons=4)
-config = duge.UnlearnConfig(iterations=2, **sizes)
+config = duge.UnlearnConfig(num_inference_steps=2, places=4, memory_size=4, instead="star")
 sequence = duge.unlearn_sequence(pipe, ["apple", "car"], config, progress=False)
-matrix = sequence.matrix(["apple", "car", "orange", "neon"], images=1, steps=1)
+matrix = sequence.matrix(["apple", "car", "orange", "neon"], images=1, num_inference_steps=1)
 app = widgets.erosion_timeline(sequence, matrix, ["apple", "orange", "car", "star"])
 app""",
     """app.timeline = None  # from here on, drawing fails""",

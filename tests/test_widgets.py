@@ -162,11 +162,6 @@ def test_whatever_happens_the_model_is_as_it_was(studio, tiny_pipe, monkeypatch,
     assert studio.error is None and studio.run is not None
 
 
-<<<<<<< HEAD
-@pytest.mark.slow
-def test_before_and_after_shows_the_same_seeds_and_comes_back(tiny_pipe):
-    base = {k: v.clone() for k, v in tiny_pipe.unet.state_dict().items()}
-=======
 def test_without_a_judge_there_is_no_verdict_and_styles_are_judged_among_styles(studio, tiny_pipe):
     studio.judge = None
     studio.concept.value = "car"
@@ -223,7 +218,6 @@ def test_previews_show_what_resembles_the_concept_first_and_what_sample_draws(ti
 
 def test_before_and_after_is_the_twin_without_a_kernel(tiny_pipe):
     base = weights(tiny_pipe)
->>>>>>> view
     figure, run = widgets.before_and_after(tiny_pipe, "car", SMALL)
     assert "before and after forgetting “car”" in figure.alt and len(figure.axes[0].images) == 2 * 7
     run.restore()
