@@ -46,7 +46,9 @@ def unchanged(pipe, before):
 
 def test_a_survey_has_a_row_per_picture_on_fixed_seeds(tiny_pipe, tiny_judge):
     prompts = {"one": ["a photo of a car", "a photo of a star"], "two": ["a photo of a car"]}
-    frame = attacks.survey(tiny_pipe, "apple", prompts, images=3, judge=tiny_judge, seed=4, num_inference_steps=1)
+    frame = attacks.survey(
+        tiny_pipe, "apple", prompts, images=3, judge=tiny_judge, seed=4, num_inference_steps=1
+    )
     assert list(frame.group) == ["one"] * 3 + ["two"] * 3
     assert list(frame.prompt[:3]) == ["a photo of a car", "a photo of a star", "a photo of a car"]
     alone = duge.sample(tiny_pipe, "a photo of a car", seed=6, num_inference_steps=1)[0]
@@ -320,7 +322,9 @@ def test_a_relearning_survey_looks_before_and_along_the_way(tiny_pipe, tiny_judg
 def test_the_base_model_tells_what_an_apple_is(doodle_master):
     """An attack that finds nothing in a model that knows everything would prove nothing."""
     card = duge.model_card(doodle_master)
-    drawn = duge.sample(doodle_master, card.prompt("apple"), seed=[7], num_inference_steps=10, output_type="latent")
+    drawn = duge.sample(
+        doodle_master, card.prompt("apple"), seed=[7], num_inference_steps=10, output_type="latent"
+    )
     prompts = (card.prompt("apple"),) * 4
     apples = Pictures(drawn.repeat(4, 1, 1, 1), encode_prompts(doodle_master, prompts), prompts)
     *_, state = attacks.invert_steps(doodle_master, "apple", apples, steps=25)
