@@ -19,13 +19,13 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from .concepts import model_card
 from .doodles import captions
 from .errors import DivergedError
 from .evaluation import Judge, check_countable, wilson_interval
-from .lessons import Lessons, Noised, Pictures, encode_prompts
+from .gradient import Lessons, Noised, training
 from .losses import prior_preservation_loss
-from .models import model_card, sample
-from .unlearning import overwrite, plain_parameters, swapped, training
+from .models import Pictures, encode_prompts, overwrite, sample, swapped
 
 PLACEHOLDER = "x"
 """The word that inversion gives a new meaning: in CLIP's vocabularies every letter is a token."""
@@ -43,7 +43,8 @@ def survey(
     """Draws ``images`` pictures for each group of ``prompts``, which take turns, and shows them to a judge.
 
     Picture i of a group starts from the noise of ``seed + i``. ``options`` are those of
-    :func:`duge_lite.sample`, but ``steps`` defaults to the card's for previews. Returns a row per picture:
+    :func:`duge_lite.sample`, but ``num_inference_steps`` defaults to the card's for previews. Returns a row
+    per picture:
     ``group``, ``prompt``, ``picture`` (PIL), ``named`` (the one concept, or style, that the judge decides
     for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises UnknownConceptError for a concept
     that the card does not list, ValueError for one that its judge does not know.
@@ -54,7 +55,9 @@ def survey(
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in range(images)]
     frame = pd.DataFrame(rows, columns=["group", "prompt"])
     seeds = [seed + i for _ in prompts for i in range(images)]
-    pictures = sample(pipe, list(frame.prompt), seeds, **{"steps": card.sampling_steps} | options)
+    pictures = sample(
+        pipe, list(frame.prompt), seeds, **{"num_inference_steps": card.sampling_steps} | options
+    )
     frame["picture"] = pd.Series(pictures, dtype=object)
     frame["named"] = judge.names(pictures, card.styles if concept in card.styles else card.judged)
     return frame.assign(seen=judge.sees(pictures, concept))
@@ -262,7 +265,7 @@ def relearn_steps(
     Between two states the pipeline can be used. The old weights come back at the end, after an error, or when
     the generator is closed.
     """
-    trained, stored = plain_parameters(pipe.unet), pipe.unet.dtype
+    trained, stored = dict(pipe.unet.named_parameters()), pipe.unet.dtype
     before = {name: p.detach().clone() for name, p in trained.items()}
     mixed = _mixed(pipe)
     with training(pipe.unet, trained):

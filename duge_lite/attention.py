@@ -1,241 +1,145 @@
-"""Cross-attention out of any diffusers UNet: recorded, reduced, named by word, and edited.
-
-:func:`record_attention` and :func:`edit_attention` are the only things that touch a UNet: they replace
-the processors of the ``attn2`` modules, one by one, and put back what was there. :func:`trace` samples a
-picture under the first and returns an :class:`AttentionTrace`, a small value that is cut down in steps::
+"""Cross-attention out of any diffusers UNet: recorded, reduced, named by word, and edited::
 
     trace = duge.trace(pipe, "a photo of an apple next to an umbrella", seed=1)
     trace.step(-1).at(16).word("apple")  # (16, 16): the share of attention that "apple" gets
 
-Everything here is ours; the layer's arithmetic follows diffusers' own ``AttnProcessor``, and the idea to
-scale one word's attention is that of prompt-to-prompt (Hertz et al., arXiv 2208.01626).
+Only ``attn2`` modules get another processor, one by one, and what was there comes back. All of it is ours,
+but for scaling one word's attention (prompt-to-prompt, Hertz et al., arXiv 2208.01626) and watching a
+pipeline at work (DAAM, Tang et al., arXiv 2210.04885).
 """
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
-import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from types import EllipsisType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import Attention
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
+from .concepts import model_card
 from .errors import NoCrossAttentionError, WordNotInPromptError
-from .models import model_card
 
 Size = tuple[int, int]
 
 
-class TraceFileError(ValueError):
-    """A file that holds no readable trace: damaged, of another version, or not ours."""
-
-
-# ---------------------------------------------------------------------------- the layers
-
-
 def cross_attention_layers(unet: torch.nn.Module) -> dict[str, Attention]:
-    """The cross-attention modules (``attn2``) by name, in the order of the forward pass.
-
-    Raises NoCrossAttentionError when there are none.
-    """
-    layers = {
-        name: module
-        for name, module in unet.named_modules()
-        if name.split(".")[-1] == "attn2" and isinstance(module, Attention) and module.is_cross_attention
-    }
+    """The cross-attention modules (``attn2``) by name, in forward order; NoCrossAttentionError if none."""
+    found = {name: part for name, part in unet.named_modules() if name.split(".")[-1] == "attn2"}
+    layers = {n: part for n, part in found.items() if isinstance(part, Attention) and part.is_cross_attention}
     if not layers:
-        raise NoCrossAttentionError(
-            f"{type(unet).__name__} has no cross-attention (no `attn2` module that reads a text): "
-            "use a text-to-image UNet such as UNet2DConditionModel with CrossAttn blocks"
-        )
-    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-
-    def place(item: tuple[str, Attention]) -> int:
-        return next((order[part] for part in item[0].split(".") if part in order), 3)
-
-    return dict(sorted(layers.items(), key=place))  # a stable sort
-
-
-def latent_size(unet: torch.nn.Module) -> Size:
-    """The (H, W) of the latents that ``unet`` was made for."""
-    side = unet.config.sample_size
-    return (side, side) if isinstance(side, int) else tuple(side)
+        message = "has no cross-attention: expected a UNet with `attn2` modules that read a text"
+        raise NoCrossAttentionError(f"{type(unet).__name__} {message}")
+    return dict(sorted(layers.items(), key=lambda item: ("up_" in item[0], "mid_" in item[0])))
 
 
 def layer_size(positions: int, size: Size) -> Size:
-    """Height and width of a layer that sees ``positions`` places of a latent of ``size`` (H, W).
-
-    Halves the latent, rounding up as a stride-2 convolution does, until the count fits.
-    """
+    """(H, W) of a layer with ``positions`` places: halves the latent's as a stride-2 convolution does."""
     h, w = size
     while h * w > positions and (h, w) != (1, 1):
         h, w = (h + 1) // 2, (w + 1) // 2
     if h * w != positions:
-        raise ValueError(
-            f"{positions} positions do not come from halving a latent of {size[0]}x{size[1]}: "
-            "pass the latent's own (height, width) as `size`"
-        )
+        raise ValueError(f"{positions} positions do not come from halving a latent of {size[0]}x{size[1]}")
     return h, w
 
 
-# ---------------------------------------------------------------------------- the processor
-
-Sink = Callable[[Tensor, Tensor], None]  # (maps (B, heads, H*W, T), output (B, H*W, C))
+# ---- the processor
+Sink = Callable[[Attention, Tensor, Tensor, Tensor], None]  # layer, queries, maps (B, heads, H*W, T), output
 Edit = Callable[[Tensor], Tensor]  # scores before the softmax (B, heads, H*W, T) -> the same shape
 
 
-class _ExplicitAttention:
-    """An attention processor with the softmax spelled out, so that it can be seen and changed.
+def attention_scores(layer: Attention, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Before the softmax, (B, heads, H*W, T), in 32 bits: 16-bit scores overflow in some models."""
+    with torch.autocast(query.device.type, enabled=False):
+        scores = layer.scale * query.float() @ key.float().transpose(-1, -2)
+    return (scores if mask is None else scores + mask).unflatten(0, (-1, layer.heads))
 
-    Processors of ours that sit on top of each other form a chain through ``before``: the topmost ``sink``
-    receives, every ``edit`` applies. One that was closed while another lay on top of it counts no more.
-    """
 
-    def __init__(self, before: object, sink: Sink | None = None, edit: Edit | None = None) -> None:
-        self.before, self.sink, self.edit = before, sink, edit
-        self.open = True
+class _Shown:
+    """A layer as diffusers' AttnProcessor sees it, but for the one step that we look into."""
 
-    def chain(self) -> list[_ExplicitAttention]:
-        below = self.before.chain() if isinstance(self.before, _ExplicitAttention) else []
-        return [self, *below] if self.open else below
+    def __init__(self, layer: Attention, edits: Sequence[Edit]) -> None:
+        self.layer, self.edits = layer, edits
 
-    def foreign(self) -> object:
-        """The processor that was there before any of ours."""
-        below = self.before
-        return below.foreign() if isinstance(below, _ExplicitAttention) else below
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.layer, name)
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *args,
-        **kwargs,
-    ) -> Tensor:
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
-        if image_shape is not None:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (B, H*W, C)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)  # (B, T, D)
+    def get_attention_scores(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor:
+        scores = attention_scores(self.layer, query, key, attention_mask)
+        for edit in self.edits:
+            scores = edit(scores)
+        self.query, self.probs = query, scores.softmax(dim=-1)
+        return self.probs.flatten(0, 1).to(query.dtype)
 
-        query = attn.to_q(hidden_states)
-        # A layer keeps stale fused weights after `unfuse`: what counts is who would have run here.
-        if type(self.foreign()).__name__.startswith("Fused"):
-            key, value = attn.to_kv(context).chunk(2, dim=-1)
-        else:
-            key, value = attn.to_k(context), attn.to_v(context)
-        query, key, value = (
-            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)
-        )  # (B, heads, H*W or T, C / heads)
-        if getattr(attn, "norm_q", None) is not None:
-            query = attn.norm_q(query)
-        if getattr(attn, "norm_k", None) is not None:
-            key = attn.norm_k(key)
 
-        # In 32 bits, as the fused kernel does inside: 16-bit scores overflow in some models.
-        with torch.autocast(query.device.type, enabled=False):
-            scores = (query.float() * attn.scale) @ key.float().transpose(-1, -2)
-        if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, key.shape[-2], query.shape[0])
-            scores = scores + mask.unflatten(0, (-1, attn.heads))
-        chain = self.chain()
-        for processor in chain:
-            scores = scores if processor.edit is None else processor.edit(scores)
-        probs = scores.softmax(dim=-1)  # (B, heads, H*W, T)
-        hidden_states = (probs.to(value.dtype) @ value).transpose(1, 2).flatten(2)  # (B, H*W, C)
-        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states.to(residual.dtype)))
-        sink = next((p.sink for p in chain if p.sink is not None), None)
-        if sink is not None:
-            sink(probs, hidden_states)
+class _Watched(AttnProcessor):
+    """Plain attention with guests (sink, edit): the last one that listens is told, every edit applies."""
 
-        if image_shape is not None:
-            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+    def __init__(self, before: object) -> None:
+        self.before, self.guests = before, []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        shown = _Shown(attn, [edit for _, edit in self.guests if edit])
+        out = super().__call__(shown, hidden_states, encoder_hidden_states, attention_mask, temb)
+        for sink in [sink for sink, _ in self.guests if sink][-1:]:
+            sink(attn, shown.query, shown.probs, out)
+        return out
 
 
 @contextmanager
-def _installed(
-    layers: Mapping[str, Attention], sinks: Mapping[str, Sink] | None = None, edit: Edit | None = None
-) -> Iterator[None]:
-    """Our processor in every one of ``layers``; on the way out, whatever was there before."""
-    mine: dict[str, _ExplicitAttention] = {}
+def _watching(unet: torch.nn.Module, sink: Sink | None = None, edit: Edit | None = None) -> Iterator[None]:
+    """A guest in every layer; when the last guest goes, the processor that was there comes back."""
+    guest, mine = (sink, edit), []
     try:
-        for name, layer in layers.items():
-            mine[name] = _ExplicitAttention(layer.processor, sinks and sinks[name], edit)
-            _warn_of_strangers(name, mine[name].foreign())
-            layer.set_processor(mine[name])
+        for name, layer in cross_attention_layers(unet).items():
+            old = layer.processor
+            if not isinstance(old, _Watched):
+                if not type(old).__module__.startswith("diffusers.") or isinstance(old, torch.nn.Module):
+                    message = (
+                        f"{name} has a processor of its own ({type(old).__name__}): inside this block plain "
+                        "attention takes its place, so pictures may differ; afterwards it is put back"
+                    )
+                    warnings.warn(message, stacklevel=5)  # past two context managers: the caller's own `with`
+                layer.set_processor(_Watched(old))
+            layer.processor.guests.append(guest)
+            mine.append((layer, layer.processor))
         yield
     finally:
-        for name, processor in mine.items():
-            processor.open = False
-            on_top = layers[name].processor
-            if on_top is not processor and getattr(on_top, "open", False):
-                continue  # a context that was opened later is still at work: it will clean up
-            before = processor.before
-            while isinstance(before, _ExplicitAttention) and not before.open:
-                before = before.before
-            layers[name].set_processor(before)
+        for layer, watched in mine:
+            watched.guests.remove(guest)
+            if not watched.guests:
+                layer.set_processor(watched.before)
 
 
-def _warn_of_strangers(name: str, processor: object) -> None:
-    """A processor of diffusers without weights computes plain attention, as ours does; another may not."""
-    plain = type(processor).__module__.startswith("diffusers.")
-    if not plain or isinstance(processor, torch.nn.Module):
-        warnings.warn(
-            f"{name} has a processor of its own ({type(processor).__name__}): inside this block plain "
-            "attention takes its place, so pictures may differ; afterwards it is put back",
-            stacklevel=6,  # past two context managers: the caller's own `with`
-        )
-
-
-# ---------------------------------------------------------------------------- recording
+# ---- recording
 
 
 @dataclass
 class AttentionRecorder:
-    """What the cross-attention layers did in the last forward pass.
-
-    Attributes:
-        layers: layer names in forward order.
-        size: (H, W) of the latents.
-        probs: per layer the softmax maps (B, heads, H*W, T); their last axis sums to 1.
-        outputs: per layer what it wrote, after ``to_out`` (B, H*W, C).
-        sizes: per layer (H, W).
-    """
+    """What the cross-attention layers did in the last forward pass, by layer name in forward order."""
 
     layers: tuple[str, ...]
-    size: Size
-    probs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    sizes: dict[str, Size] = field(default_factory=dict)
+    size: Size | None = None  # (H, W) of the latents
+    probs: dict[str, Tensor] = field(default_factory=dict)  # (B, heads, H*W, T), the last axis sums to 1
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # after `to_out` (B, H*W, C)
+    also: dict[str, Tensor] = field(default_factory=dict)  # the maps of another text at the same queries
+    sizes: dict[str, Size] = field(default_factory=dict)  # (H, W) of each layer
     stopped: bool = False
 
     def clear(self) -> None:
-        self.probs.clear()
-        self.outputs.clear()
+        for part in (self.probs, self.outputs, self.also):
+            part.clear()
 
     def stop(self) -> None:
         """Lets go of everything, and records no more: gradient checkpointing runs the layers again."""
@@ -249,42 +153,43 @@ def record_attention(
     size: Size | None = None,
     probs: bool = True,
     outputs: bool = False,
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda maps: maps,
+    also: Tensor | None = None,
 ) -> Iterator[AttentionRecorder]:
     """Records the cross-attention of every forward pass made inside the ``with`` block.
 
     Gradients flow through what is recorded unless the pass runs under ``torch.no_grad()``; with gradient
-    checkpointing call ``backward`` inside the block. On the way out the processors that were there before
-    are put back, also after an error. Contexts nest: the inner one records while it lasts.
-
-    Args:
-        unet: any diffusers UNet with ``attn2`` modules.
-        size: (H, W) of the latents; default ``unet.config.sample_size``.
-        probs: keep the softmax maps, (B, heads, H*W, T).
-        outputs: keep what each layer writes, (B, H*W, C).
-        reduce: applied to the maps before they are kept, e.g. a mean over heads.
-
-    Raises NoCrossAttentionError when the UNet has no cross-attention, ValueError when ``size`` does not
-    fit what the layers see.
+    checkpointing call ``backward`` inside the block. Contexts nest: the inner one records while it lasts.
+    ``size`` is that of the latents, by default of what the UNet is given; ``probs`` and ``outputs`` say what
+    is kept, ``reduce`` is applied to maps before, e.g. a mean over heads; ``also`` is another encoded text
+    (1, T, D), whose maps at the same queries are kept, too. Raises NoCrossAttentionError when there is
+    nothing to record, ValueError when ``size`` does not fit what the layers see.
     """
-    layers = cross_attention_layers(unet)
-    recorder = AttentionRecorder(tuple(layers), size or latent_size(unet))
+    names = {layer: name for name, layer in cross_attention_layers(unet).items()}
+    recorder = AttentionRecorder(tuple(names.values()), size)
 
-    def sink_of(name: str) -> Sink:
-        def sink(p: Tensor, out: Tensor) -> None:
-            if recorder.stopped:
-                return
-            if name not in recorder.sizes or math.prod(recorder.sizes[name]) != p.shape[2]:
-                recorder.sizes[name] = layer_size(p.shape[2], recorder.size)
-            if probs:
-                recorder.probs[name] = p if reduce is None else reduce(p)
-            if outputs:
-                recorder.outputs[name] = out
+    def measure(_, args: tuple, kwargs: dict) -> None:
+        recorder.size = size or tuple((args[0] if args else kwargs["sample"]).shape[-2:])
 
-        return sink
+    def sink(layer: Attention, query: Tensor, maps: Tensor, out: Tensor) -> None:
+        if recorder.stopped:
+            return
+        name = names[layer]
+        recorder.sizes[name] = layer_size(maps.shape[2], recorder.size)
+        if probs:
+            recorder.probs[name] = reduce(maps)
+        if outputs:
+            recorder.outputs[name] = out
+        if also is not None:
+            key = layer.head_to_batch_dim(layer.to_k(also.expand(len(maps), -1, -1)))
+            recorder.also[name] = reduce(attention_scores(layer, query, key).softmax(dim=-1))
 
-    with _installed(layers, sinks={name: sink_of(name) for name in layers}):
-        yield recorder
+    hook = unet.register_forward_pre_hook(measure, with_kwargs=True)
+    try:
+        with _watching(unet, sink):
+            yield recorder
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -294,121 +199,77 @@ def edit_attention(pipe: DiffusionPipeline, prompt: str, scales: Mapping[str, fl
         with duge.edit_attention(pipe, prompt, {"umbrella": 0.0}):
             picture = duge.sample(pipe, prompt, seed=1)[0]
 
-    A word's weight before the softmax's division is multiplied by its scale (0 removes the word, 1 changes
-    nothing), so the shares still sum to 1. Only the conditional half of guidance is edited. It composes with
-    :func:`trace`, which then shows the edited maps.
-
-    Args:
-        pipe: the pipeline that will draw, inside the block and from the same prompt.
-        prompt: tells at which positions the words stand.
-        scales: a factor >= 0 for a word or phrase (every occurrence), or for "<start>", "<end>", "<pad>".
-
-    Raises WordNotInPromptError, or ValueError for a factor that is negative or leaves nothing to look at.
+    The weight of a word or phrase, or of "<start>", "<end>", "<pad>", is multiplied by its scale before the
+    softmax divides (0 removes it), so the shares still sum to 1. Only the conditional half of guidance is
+    edited. :func:`trace` shows edited maps. Raises WordNotInPromptError, or ValueError for a scale that is
+    negative or leaves nothing to look at.
     """
     tokens, words, _ = read_tokens(pipe.tokenizer, prompt)
     factors = torch.ones(len(tokens))  # (T,)
     for word, scale in scales.items():
         if not 0 <= scale < math.inf:
             raise ValueError(f"scale {scale} for {word!r}: expected 0 (remove) or more; 1 changes nothing")
-        factors[find_positions(prompt, tokens, words, word)] = scale
+        factors[find_positions(tokens, words, word)] = scale
     if not factors.any():
         raise ValueError("every position has scale 0: leave at least one, such as '<start>', to look at")
     bias = factors.log()  # added before the softmax, it multiplies after the exponential
 
     def edit(scores: Tensor) -> Tensor:
-        shift = bias.to(scores.device).expand(scores.shape[0], 1, 1, -1)  # (B, 1, 1, T)
+        shift = bias.to(scores.device).repeat(len(scores), 1)  # (B, T)
         if pipe.do_classifier_free_guidance:
-            unconditional = torch.arange(len(shift), device=shift.device) < len(shift) // 2
-            shift = shift.masked_fill(unconditional[:, None, None, None], 0.0)
-        return scores + shift
+            shift[: len(shift) // 2] = 0
+        return scores + shift[:, None, None]
 
-    with _installed(cross_attention_layers(pipe.unet), edit=edit):
+    with _watching(pipe.unet, edit=edit):
         yield
 
 
-# ---------------------------------------------------------------------------- words and tokens
+# ---- words and tokens
 
 
 @dataclass(frozen=True)
 class Token:
-    """One position of the prompt.
+    """One position of the prompt."""
 
-    Attributes:
-        text: the piece of text it stands for ("back" of "backpack"); "<start>", "<end>" or "<pad>".
-        word: index of the word it belongs to, None for the special positions.
-        kind: "word", "start", "end" or "pad".
-        span: where the piece begins and ends in the prompt (in Unicode's NFC form); None if special.
-    """
-
-    text: str
-    word: int | None
-    kind: str = "word"
-    span: tuple[int, int] | None = None
+    text: str  # the piece that it stands for ("back" of "backpack"); "<start>", "<end>" or "<pad>"
+    word: int | None  # which word it belongs to, None for the special positions
+    kind: str = "word"  # or "start", "end", "pad"
 
 
 def read_tokens(tokenizer, prompt: str) -> tuple[list[Token], list[str], str]:
     """Tokens as the pipeline sees them (padded), the words among them, and the text that was cut off.
 
-    A word is what CLIP's tokenizer takes for one: a run of letters, one digit, or a run of anything else
-    (so ``bow-tie!!`` is ``bow``, ``-``, ``tie``, ``!!``). Words keep the prompt's own spelling.
+    A word is what the tokenizer takes for one: for CLIP's a run of letters, one digit, or a run of anything
+    else (so ``bow-tie!!`` is ``bow``, ``-``, ``tie``, ``!!``). Words keep the prompt's own spelling.
     """
     prompt = unicodedata.normalize("NFC", prompt)
-    read = tokenizer(
-        prompt, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
-    )
-    pieces = tokenizer.convert_ids_to_tokens(read.input_ids)
-    spans = [tuple(span) for span in read.offset_mapping]
-    whole = set(tokenizer.get_added_vocab())  # tokens such as <|endoftext|> are words by themselves
-    room = tokenizer.model_max_length - 2
-    tokens: list[Token] = []
-    starts: list[int] = []  # of the words, in the prompt
-    ended, stop = True, 0
-    for piece, (start, end) in zip(pieces[:room], spans[:room], strict=True):
-        if ended and start >= stop:  # a character never belongs to two words
-            starts.append(start)
-        tokens.append(Token(prompt[start:end] or piece, len(starts) - 1, span=(start, end)))
-        ended, stop = piece.endswith("</w>") or piece in whole, end
-    words = [
-        prompt[start : max(t.span[1] for t in tokens if t.word == word)] for word, start in enumerate(starts)
-    ]
-    cut = prompt[spans[room][0] :] if len(pieces) > room else ""
-    tokens = [Token("<start>", None, "start"), *tokens, Token("<end>", None, "end")]
+    read = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    room, last = tokenizer.model_max_length - 2, None
+    tokens, spans = [Token("<start>", None, "start")], []
+    for piece, of, (start, stop) in zip(read.tokens(), read.word_ids(), read.offset_mapping, strict=True):
+        if len(tokens) > room:
+            break
+        if of != last and (not spans or start >= spans[-1][1]):  # a character belongs to one word only
+            spans.append((start, stop))
+        last, spans[-1] = of, (spans[-1][0], max(stop, spans[-1][1]))
+        tokens.append(Token(prompt[start:stop] or piece, len(spans) - 1))
+    cut = prompt[read.offset_mapping[room][0] :] if len(read.input_ids) > room else ""
+    tokens.append(Token("<end>", None, "end"))
     tokens += [Token("<pad>", None, "pad")] * (tokenizer.model_max_length - len(tokens))
-    return tokens, words, cut
+    return tokens, [prompt[start:stop] for start, stop in spans], cut
 
 
 def find_positions(
-    prompt: str,
-    tokens: Sequence[Token],
-    words: Sequence[str],
-    word: str,
-    occurrence: int | None = None,
+    tokens: Sequence[Token], words: Sequence[str], word: str, occurrence: int | None = None
 ) -> list[int]:
     """Token positions of a word or phrase: :meth:`AttentionTrace.positions` without a trace."""
-    prompt = unicodedata.normalize("NFC", prompt)
-    chunks = unicodedata.normalize("NFC", word).split()
-    pattern = r"\s+".join(map(re.escape, chunks)) or r"(?!)"  # nothing is found by an empty word
-
-    def glued(left: int, right: int) -> bool:
-        """Whether a cut between two neighbouring tokens would go through a word's letters."""
-        a, b = tokens[left], tokens[right]
-        letters = a.span and b.span and (prompt[a.span[1] - 1] + prompt[b.span[0]]).isalnum()
-        return bool(letters and a.word == b.word)
-
-    found: list[list[int]] = []
-    for match in re.finditer(pattern, prompt, re.IGNORECASE):
-        start, stop = match.span()
-        at = [i for i, t in enumerate(tokens) if t.span and t.span[0] < stop and t.span[1] > start]
-        if (
-            at
-            and tokens[at[0]].span[0] == start
-            and max(tokens[i].span[1] for i in at) == stop
-            and not glued(at[0] - 1, at[0])
-            and not glued(at[-1], at[-1] + 1)
-        ):
-            found.append(at)
+    wanted = "".join(unicodedata.normalize("NFC", word).split()).casefold()
+    known = ["".join(w.split()).casefold() for w in words]
+    every = [range(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
+    places = [part for part in every if "".join(known[part.start : part.stop]) == wanted]
+    found = [[i for i, t in enumerate(tokens) if t.word in part] for part in places]
     if not found and word in ("<start>", "<end>", "<pad>"):
-        found = [[i for i, t in enumerate(tokens) if t.text == word and t.kind != "word"]]
+        found = [[i for i, t in enumerate(tokens) if t.text == word]]
     if not found or not found[0]:
         raise WordNotInPromptError(word, words)
     if occurrence is None:
@@ -418,49 +279,32 @@ def find_positions(
     return found[occurrence]
 
 
-# ---------------------------------------------------------------------------- the trace
-
-FORMAT = "duge_lite.AttentionTrace"
-VERSION = 1
+# ---- the trace
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class AttentionTrace:
     """One picture and where each word looked while it was drawn.
 
-    Attributes:
-        image: the finished picture.
-        prompt, seed, guidance_scale: how it was made.
-        tokens: one Token per position.
-        words: the prompt's words; ``Token.word`` counts into it.
-        maps: per layer an array (steps, T, h, w), or (steps, heads, T, h, w) with ``heads=True``, float16:
-            the share of attention that position (h, w) gives to each token; sums to 1 over T.
-        timesteps: the scheduler's timestep of each step.
-        cut: what the tokenizer's limit cut off the prompt ("" if nothing).
-        previews: with ``previews=True`` the half-finished picture after each step.
+    ``maps`` holds per layer an array (steps, T, h, w), or (steps, heads, T, h, w) with ``heads=True``, in
+    float16: the share of attention that place (h, w) gives to each token; it sums to 1 over T.
     """
 
-    image: Image.Image
-    prompt: str
-    seed: int
-    guidance_scale: float
-    tokens: tuple[Token, ...]
-    words: tuple[str, ...]
-    maps: Mapping[str, np.ndarray]
-    timesteps: tuple[int, ...]
-    cut: str = ""
-    previews: tuple[Image.Image, ...] = ()
+    image: Image.Image | None = None
+    prompt: str = ""
+    tokens: tuple[Token, ...] = ()  # one per position
+    words: tuple[str, ...] = ()  # the prompt's; Token.word counts into it
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    timesteps: tuple[int, ...] = ()  # the scheduler's, of each step
+    cut: str = ""  # what the tokenizer's limit cut off the prompt
+    previews: tuple[Image.Image, ...] = ()  # the half-finished picture after each step
+    also: AttentionTrace | None = None  # of another text's words in the same picture
 
     def __repr__(self) -> str:
         return (
             f"<AttentionTrace of {self.prompt!r}: {len(self.words)} words, {len(self.timesteps)} steps, "
             f"{len(self.maps)} layers at {self.resolutions}>"
         )
-
-    def _repr_html_(self) -> str:
-        from .viewer import viewer_html  # the viewer is built on this module
-
-        return viewer_html(self)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -473,13 +317,13 @@ class AttentionTrace:
 
     @property
     def has_heads(self) -> bool:
-        return next(iter(self.maps.values())).ndim == 5
+        return any(v.ndim == 5 for v in self.maps.values())
 
-    def layer(self, name: str) -> AttentionTrace:
-        """Only the layers whose name contains ``name``: "mid", "down", "up_blocks.1", a full name."""
-        found = {k: v for k, v in self.maps.items() if name in k}
+    def layer(self, *names: str) -> AttentionTrace:
+        """Only the layers whose name contains one of ``names``: "mid", "down", "up_blocks.1", a full name."""
+        found = {k: v for k, v in self.maps.items() if any(name in k for name in names)}
         if not found:
-            raise KeyError(f"no layer is called {name!r}; the layers are: {', '.join(self.layers)}")
+            raise KeyError(f"no layer is called {', '.join(names)}; the layers are: {', '.join(self.layers)}")
         return replace(self, maps=found)
 
     def at(self, resolution: int) -> AttentionTrace:
@@ -512,28 +356,28 @@ class AttentionTrace:
         return replace(self, maps={k: v[:, index] for k, v in self.maps.items()})
 
     def positions(self, word: str, occurrence: int | None = None) -> list[int]:
-        """Token positions of ``word`` (or of a phrase such as "bow tie", or "<start>", "<end>", "<pad>").
+        """Token positions of a word, of a phrase such as "bow tie", or of "<start>", "<end>", "<pad>".
 
-        ``occurrence`` picks the first (0), second (1) ... of a repeated word; None takes all of them.
-        Raises WordNotInPromptError when the prompt does not hold it.
+        ``occurrence`` picks the first (0), second (1) ... of a repeated word; otherwise it is all of them.
+        Raises WordNotInPromptError.
         """
-        return find_positions(self.prompt, self.tokens, self.words, word, occurrence)
+        return find_positions(self.tokens, self.words, word, occurrence)
 
     def word(self, word: str, occurrence: int | None = None) -> np.ndarray:
-        """Where ``word`` looks: the share of attention it gets, (h, w), float32.
-
-        Sub-tokens (and the words of a phrase) are added up; then the mean is taken over heads, steps
-        and layers, small layers enlarged to the largest one's size.
-        """
+        """Where ``word`` looks: the share of attention that its tokens get together, (h, w), float32."""
         return self.share(self.positions(word, occurrence))
 
     def share(self, positions: Sequence[int]) -> np.ndarray:
-        """The share of attention that the token ``positions`` get together, (h, w), mean over all else."""
+        """What the token ``positions`` get together, (h, w): the mean over heads, steps and layers.
+
+        Maps of small layers are enlarged to the largest one's size.
+        """
         size = max((v.shape[-2:] for v in self.maps.values()), key=math.prod)
         total = np.zeros(size, dtype=np.float32)
         for maps in self.maps.values():
             one = maps[..., list(positions), :, :].astype(np.float32).sum(axis=-3)
-            total += _enlarge(one.reshape(-1, *one.shape[-2:]).mean(axis=0), size)
+            mean = torch.from_numpy(one.reshape(-1, *one.shape[-2:]).mean(axis=0))
+            total += F.interpolate(mean[None, None], size=size, mode="bilinear")[0, 0].numpy()
         return total / len(self.maps)
 
     def shares(self) -> np.ndarray:
@@ -546,200 +390,213 @@ class AttentionTrace:
 
     def kinds(self) -> dict[str, float]:
         """The share of all attention that goes to words and to the start, end and padding positions."""
-        shares = self.shares()
-        return {
-            kind: float(sum(s for s, t in zip(shares, self.tokens, strict=True) if t.kind == kind))
-            for kind in ("start", "word", "end", "pad")
-        }
+        total = dict.fromkeys(("start", "word", "end", "pad"), 0.0)
+        for share, token in zip(self.shares(), self.tokens, strict=True):
+            total[token.kind] += float(share)
+        return total
 
     def concentration(self, word: str, occurrence: int | None = None) -> np.ndarray:
         """How narrowly ``word`` looks at each step, (steps,): 0 is evenly everywhere, 1 a single place.
 
-        One minus the entropy of the word's map over places, divided by the largest possible entropy.
+        One minus the entropy over places, divided by the largest possible one.
         """
         positions = self.positions(word, occurrence)
-        out = []
-        for i in range(len(self.timesteps)):
-            p = self.step(i).share(positions).astype(np.float64).ravel()
-            p = p / max(p.sum(), 1e-12)
-            entropy = -(p * np.log(p.clip(1e-12))).sum()
-            out.append(1 - entropy / math.log(p.size) if p.size > 1 else 0.0)
-        return np.array(out)
+        maps = np.stack([self.step(i).share(positions).ravel() for i in range(len(self.timesteps))])
+        p = maps.astype(np.float64) / maps.sum(axis=1, keepdims=True).clip(1e-12)
+        entropy = -(p * np.log(p.clip(1e-12))).sum(axis=1)
+        return 1 - entropy / math.log(max(maps.shape[1], 2))
 
-    def save(self, path: str | Path) -> None:
-        """Writes everything to one safetensors file; the text lies in its header, as JSON."""
-        arrays = {f"maps/{i}": np.ascontiguousarray(v) for i, v in enumerate(self.maps.values())}
-        arrays["image"] = np.asarray(self.image.convert("RGB")).copy()
-        if self.previews:
-            arrays["previews"] = np.stack([np.asarray(p.convert("RGB")) for p in self.previews])
-        text = {
-            "version": VERSION,
-            "layers": self.layers,
-            "tokens": [asdict(token) for token in self.tokens],
-            **{k: getattr(self, k) for k in ("prompt", "seed", "guidance_scale", "words")},
-            **{k: getattr(self, k) for k in ("timesteps", "cut")},
-        }
-        save_file(arrays, path, metadata={FORMAT: json.dumps(text)})
 
-    @classmethod
-    def load(cls, path: str | Path) -> AttentionTrace:
-        """Reads what :meth:`save` wrote. Raises TraceFileError for any other file; never unpickles."""
-        with open(path, "rb") as file:
-            head = file.read(2)
-        if head[:1] == b"\x80" or head == b"PK":
-            raise TraceFileError(
-                f"{path} is a pickle, which could run any code when opened: "
-                "only files written by AttentionTrace.save are read"
-            )
+# ---- tracing
+
+
+@contextmanager
+def _heard(part: object, method: str, listen: Callable[..., None]) -> Iterator[None]:
+    """Tells ``listen(result, *args, **kwargs)`` of every call of this one object's method."""
+    own, call = vars(part).get(method), getattr(part, method)
+
+    def heard(*args, **kwargs):
+        result = call(*args, **kwargs)
+        listen(result, *args, **kwargs)
+        return result
+
+    setattr(part, method, heard)
+    try:
+        yield
+    finally:
+        delattr(part, method) if own is None else setattr(part, method, own)
+
+
+@contextmanager
+def _traced(
+    pipe: DiffusionPipeline, heads: bool = False, also: str | None = None, depth: int = 3
+) -> Iterator[AttentionTrace]:
+    """Fills the trace of the last picture that ``pipe`` draws in the block, when the block ends."""
+    found, kept, other, times = AttentionTrace(), {}, {}, []
+    once = dict(device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    with torch.no_grad():
+        text = None if also is None else pipe.encode_prompt(also, **once)[0]
+
+    def begin(_, *args, **kwargs) -> None:
+        asked = inspect.signature(type(pipe).encode_prompt).bind(pipe, *args, **kwargs).arguments
+        found.prompt = asked["prompt"][0] if len(asked["prompt"] or "") == 1 else asked["prompt"]
+        if not isinstance(found.prompt, str) or asked.get("num_images_per_prompt", 1) != 1:
+            raise TypeError(f"a trace holds one picture of one text: got the prompt {found.prompt!r:.60}")
+        for part in (kept, other, times):
+            part.clear()
+
+    def reduce(probs: Tensor) -> Tensor:  # (N, heads, H*W, T), guided: [unconditional, conditional]
+        asked = probs[len(probs) // 2 :] if pipe.do_classifier_free_guidance else probs
+        return (asked if heads else asked.mean(dim=1))[0].half().transpose(-1, -2)
+
+    def step_done(_, args: tuple, kwargs: dict, __) -> None:
+        times.append(int(args[1] if len(args) > 1 else kwargs["timestep"]))
+        for maps, into in ((recorder.probs, kept), (recorder.also, other)):
+            for name, one in maps.items():
+                into.setdefault(name, []).append(one.unflatten(-1, recorder.sizes[name]).cpu().numpy())
+        recorder.clear()
+
+    with (
+        record_attention(pipe.unet, reduce=reduce, also=text) as recorder,
+        _heard(pipe, "encode_prompt", begin),
+        _heard(
+            pipe.image_processor, "postprocess", lambda images, *_, **__: vars(found).update(image=images[0])
+        ),
+    ):
+        hook = pipe.unet.register_forward_hook(step_done, with_kwargs=True)
         try:
-            with safe_open(path, framework="numpy") as file:
-                text = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise TraceFileError(
-                f"{path} is damaged or cut short ({error}): make the trace again and save it"
-            ) from error
-        version = text.get("version") if isinstance(text, dict) else None
-        if version != VERSION:
-            what = f"a trace of version {version}" if version else "no attention trace"
-            raise TraceFileError(
-                f"{path} holds {what}; this duge-lite reads version {VERSION}: "
-                "use the duge-lite that wrote it, or make the trace again"
-            )
-        try:
-            tokens = [Token(**{**t, "span": t["span"] and tuple(t["span"])}) for t in text["tokens"]]
-            maps = {name: arrays[f"maps/{i}"] for i, name in enumerate(text["layers"])}
-            return cls(
-                image=Image.fromarray(arrays["image"]),
-                tokens=tuple(tokens),
-                words=tuple(text["words"]),
-                maps=maps,
-                timesteps=tuple(text["timesteps"]),
-                previews=tuple(Image.fromarray(p) for p in arrays.get("previews", ())),
-                **{k: text[k] for k in ("prompt", "seed", "guidance_scale", "cut")},
-            )
-        except (KeyError, TypeError) as error:
-            raise TraceFileError(f"{path} lacks {error}: make the trace again and save it") from error
+            yield found
+        finally:
+            hook.remove()
+    if not times:
+        raise ValueError("nothing was drawn: call this pipeline inside the block, with a prompt")
+    if also is not None:
+        found.also = AttentionTrace(found.image, also)
+    for trace, maps in ((found, kept), (found.also, other))[: 2 if also is not None else 1]:
+        tokens, words, trace.cut = read_tokens(pipe.tokenizer, trace.prompt)
+        trace.tokens, trace.words, trace.timesteps = tuple(tokens), tuple(words), tuple(times)
+        trace.maps = {name: np.stack(maps.pop(name)) for name in list(maps)}  # each is let go when it is done
+        if trace.cut:
+            limit = f"longer than {pipe.tokenizer.model_max_length} tokens"
+            warnings.warn(f"the prompt is {limit}; the model never reads: {trace.cut!r}", stacklevel=depth)
 
 
-def _enlarge(array: np.ndarray, size: Size) -> np.ndarray:
-    if array.shape == tuple(size):
-        return array
-    grown = F.interpolate(torch.from_numpy(array)[None, None], size=tuple(size), mode="bilinear")
-    return grown[0, 0].numpy()
-
-
-# ---------------------------------------------------------------------------- tracing
-
-
-@torch.no_grad()
 def trace(
     pipe: DiffusionPipeline,
-    prompt: str | Sequence[str],
-    seed: int | Sequence[int] = 0,
-    steps: int | None = None,
+    prompt: str | EllipsisType = ...,
+    seed: int | None = None,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    *,
     heads: bool = False,
-    height: int | None = None,
-    width: int | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    also: str | None = None,
+    image: Image.Image | None = None,
     previews: bool = False,
     **options,
-) -> AttentionTrace | list[AttentionTrace]:
-    """Samples a picture and keeps the attention of the conditional half of guidance.
+) -> AttentionTrace | AbstractContextManager[AttentionTrace]:
+    """Draws the picture that ``pipe`` draws anyway, and keeps the attention of guidance's conditional half.
 
-    The picture is the one that the pipeline draws without tracing. Maps are averaged over heads as they
-    come and stored in 16 bits on the CPU.
+    Without a prompt it is a context for a pipeline call of one's own; ``heads`` and ``also`` are all that it
+    takes, and the trace is filled when the block ends::
+
+        with duge.trace(pipe) as maps:
+            picture = pipe("a photo of an apple").images[0]
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline.
-        prompt: one text; a list of texts gives a list of traces, drawn in one batch.
-        seed: of the starting noise; text i of a list starts from ``seed + i``, or from its own ``seed[i]``.
-        steps, guidance_scale: default to the model card's.
-        heads: keep the heads apart.
-        height, width: in pixels; default the size that the model was made for.
-        on_step: called as ``on_step(done, steps)`` after every step.
+        prompt: one text.
+        seed: of the starting noise, by default 0; or pass a ``generator``.
+        num_inference_steps, guidance_scale: default to the model card's.
+        heads: keep the heads apart; otherwise their mean is kept, in 16 bits on the CPU.
+        also: another text, whose words need not be in the prompt: the maps that its keys give at the same
+            queries are in ``trace.also``.
+        image: look at this picture instead of drawing one: with the noise of each of ``timesteps`` (by
+            default 750, 500 and 250) it goes through the UNet once, without guidance.
         previews: also decode the half-finished picture after every step.
-        options: passed on to the pipeline, such as ``negative_prompt``.
+        options: of the pipeline, such as ``negative_prompt``, ``generator``, ``height`` and ``width``.
 
-    Warns when the tokenizer cuts a prompt. Raises NoCrossAttentionError, or ValueError for a number of
-    steps, a size or a list of seeds that does not fit.
+    Warns when the tokenizer cuts the prompt. Raises NoCrossAttentionError; TypeError or ValueError for what
+    is no argument of the pipeline, or no sensible one.
     """
+    if not isinstance(pipe, DiffusionPipeline) or not hasattr(pipe, "unet"):
+        raise TypeError(
+            f"pipe = {pipe!r:.60}: expected a pipeline with a UNet, as duge.load_pipeline() gives"
+        )
+    sizes = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings = {k: v for k, v in (sizes | {"seed": seed}).items() if v is not None} | options
+    if prompt is ...:
+        if settings or previews or image is not None:
+            raise TypeError(
+                "without a prompt, trace takes heads and also: the rest goes to your pipeline call"
+            )
+        return _traced(pipe, heads, also)
+    if image is not None and (previews or sizes.keys() & settings.keys()):
+        raise TypeError("a picture that exists is looked at, not drawn: it takes timesteps, and no guidance")
+    _check(pipe, prompt, settings)
     card = model_card(pipe)
-    steps = card.steps if steps is None else steps
-    guidance_scale = card.guidance_scale if guidance_scale is None else guidance_scale
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed + i for i in range(len(texts))] if isinstance(seed, int) else list(seed)
-    if steps < 1:
-        raise ValueError(f"steps = {steps}: expected at least 1")
-    if not texts or len(seeds) != len(texts):
-        raise ValueError(f"{len(texts)} prompts and {len(seeds)} seeds: expected one seed each, or one")
-    if "num_images_per_prompt" in options:
-        raise ValueError("a trace holds one picture: for more, pass a list of prompts")
-    factor = pipe.vae_scale_factor
-    made_for = latent_size(pipe.unet)
-    pixels = (height or made_for[0] * factor, width or made_for[1] * factor)
-    if pixels[0] % factor or pixels[1] % factor:
-        raise ValueError(f"{pixels[0]}x{pixels[1]} pixels: expected multiples of {factor}")
-    if previews and pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
-        raise ValueError("this model's decoder overflows in float16: load it in another dtype for previews")
-    read = [read_tokens(pipe.tokenizer, text) for text in texts]
-    for _, _, cut in read:
-        if cut:
-            limit = pipe.tokenizer.model_max_length
-            message = f"the prompt is longer than {limit} tokens; the model never reads: {cut!r}"
-            warnings.warn(message, stacklevel=3)  # past no_grad's wrapper
-
-    kept: dict[str, np.ndarray] = {}  # (N, steps, [heads,] T, h, w) each
-    timesteps: list[int] = []
-    pictures: list[list[Image.Image]] = []
-
-    def reduce(probs: Tensor) -> Tensor:
-        guided = pipe.do_classifier_free_guidance  # the pipeline's own word: [unconditional, conditional]
-        conditional = probs[len(probs) // 2 :] if guided else probs  # (N, heads, H*W, T)
-        return (conditional if heads else conditional.mean(dim=1)).half()
+    settings = {
+        "num_inference_steps": card.num_inference_steps,
+        "guidance_scale": card.guidance_scale,
+    } | settings
+    settings.setdefault("generator", torch.Generator("cpu").manual_seed(int(settings.pop("seed", 0))))
+    pictures: list[Image.Image] = []
 
     def step_done(_, index: int, timestep: Tensor, tensors: dict) -> dict:
-        total = pipe.num_timesteps
-        for name, maps in recorder.probs.items():
-            grid = maps.transpose(-1, -2).unflatten(-1, recorder.sizes[name]).cpu().numpy()
-            if name not in kept:
-                kept[name] = np.empty((len(texts), total, *grid.shape[1:]), np.float16)
-            kept[name][:, index] = grid
-        recorder.clear()
-        timesteps.append(int(timestep))
-        if previews:
-            latents = tensors["latents"].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-            pictures.append(pipe.image_processor.postprocess(pipe.vae.decode(latents).sample))
-        if on_step is not None:
-            on_step(index + 1, total)
+        latents = tensors["latents"].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+        pictures.extend(pipe.image_processor.postprocess(pipe.vae.decode(latents).sample))
         return tensors
 
-    size = (pixels[0] // factor, pixels[1] // factor)
-    with record_attention(pipe.unet, size=size, reduce=reduce) as recorder:
-        images = pipe(
-            prompt if isinstance(prompt, str) else texts,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
-            height=pixels[0],
-            width=pixels[1],
-            callback_on_step_end=step_done,
-            **options,
-        ).images
-    traces = [
-        AttentionTrace(
-            image=images[i],
-            prompt=text,
-            seed=seeds[i],
-            guidance_scale=guidance_scale,
-            tokens=tuple(tokens),
-            words=tuple(words),
-            maps={name: maps[i] for name, maps in kept.items()},
-            timesteps=tuple(timesteps),
-            cut=cut,
-            previews=tuple(row[i] for row in pictures),
-        )
-        for i, (text, (tokens, words, cut)) in enumerate(zip(texts, read, strict=True))
-    ]
-    return traces[0] if isinstance(prompt, str) else traces
+    if previews:
+        settings["callback_on_step_end"] = step_done
+    looking = nullcontext({}) if image is None else _looking_at(pipe, image, settings)
+    with looking as instead, _traced(pipe, heads, also, depth=4) as found:
+        drawn = pipe(prompt, **settings | instead).images
+        found.image, found.previews = drawn[0] if image is None else image, tuple(pictures)
+    return found
+
+
+@contextmanager
+def _looking_at(pipe: DiffusionPipeline, image: Image.Image, settings: dict) -> Iterator[dict]:
+    """Whatever ``pipe`` draws in the block, its UNet sees ``image`` with the noise of that moment."""
+    pixels = pipe.image_processor.preprocess(image).to(pipe._execution_device, pipe.vae.dtype)
+    with torch.no_grad():
+        clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    noise = torch.randn(clean.shape, generator=settings["generator"]).to(clean)
+    before, pipe.scheduler = pipe.scheduler, DDPMScheduler.from_config(pipe.scheduler.config)
+
+    def show(_, args: tuple) -> tuple:
+        sample, timestep, *rest = args
+        return pipe.scheduler.add_noise(clean, noise, timestep.reshape(1)).to(sample), timestep, *rest
+
+    hook = pipe.unet.register_forward_pre_hook(show)
+    moments = sorted(map(int, settings.get("timesteps") or (750, 500, 250)), reverse=True)
+    size = {"height": pixels.shape[-2], "width": pixels.shape[-1]}
+    try:
+        yield size | {"timesteps": moments, "guidance_scale": 1.0, "output_type": "latent"}
+    finally:
+        hook.remove()
+        pipe.scheduler = before
+
+
+def _check(pipe: DiffusionPipeline, prompt: object, settings: Mapping[str, object]) -> None:
+    """One sentence for each thing that the pipeline would ignore, replace or stumble over much later."""
+    known = [*inspect.signature(type(pipe).__call__).parameters, "seed"]
+    for name in settings:
+        if name not in known or name == "kwargs":
+            near = next((k for k in known if {*name.split("_")} <= {*k.split("_")}), None)
+            hint = f": did you mean {near}?" if near else ""
+            raise TypeError(f"trace got {name!r}, which {type(pipe).__name__} does not take{hint}")
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt = {prompt!r}: expected one text")
+    if "seed" in settings and "generator" in settings:
+        raise TypeError("trace got a seed and a generator: expected one of them")
+    side = math.lcm(8, pipe.vae_scale_factor)
+    units = {"seed": None, "num_inference_steps": 1, "height": side, "width": side, "guidance_scale": 0}
+    for name in [name for name in units if name in settings]:
+        value, unit = settings[name], units[name]
+        if isinstance(value, bool) or not isinstance(value, Integral if unit != 0 else Real):
+            raise TypeError(f"{name} = {value!r}: expected a {'whole ' if unit != 0 else ''}number")
+        if unit is not None and (not unit <= value < math.inf or (unit and value % unit)):
+            raise ValueError(
+                f"{name} = {value}: expected {'a multiple of ' if unit > 1 else 'at least '}{unit}"
+            )

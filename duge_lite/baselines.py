@@ -1,105 +1,140 @@
-"""Other ways to forget, on the same loop, with the same pictures, memory and budget.
+"""Other ways to forget, each in its own published form.
 
-Each is an :class:`~duge_lite.lessons.Objective` for ``unlearn(..., objective=...)``; only UCE, which
-solves for its weights instead of learning them, is a function of its own. What differs from the papers is
-said in each docstring: a comparison is fair only if it is the same race.
+ESD-x, concept ablation and gradient ascent are :class:`~duge_lite.gradient.Objective` values, with the
+settings that their papers' code has, as far as they carry over; UCE solves for its weights. What differs is
+said in each docstring. None of them gets our regularization, our revisits or our prior-preservation loss
+unless the caller asks for it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from .concepts import Concept, ModelCard, model_card
 from .config import UnlearnConfig
-from .lessons import Objective, Pass, encode_prompts
+from .gradient import Objective, Pass
 from .losses import prior_preservation_loss
-from .models import model_card
-from .unlearning import UnlearningRun, overwrite, plain_parameters
+from .models import encode_prompts, overwrite
+from .solver import PictureBook, cross_attention_weights, fingerprint
+from .unlearning import UnlearningRun
+
+PLAIN = {"solver": "gradient", "lambda_attention": 1.0, "lambda_prior": 0.0, "lambda_regularization": 0.0}
+PLAIN |= {"revisit": 0.0}
 
 
 def _predicts(learner: Pass, wanted: tuple[Tensor, ...]) -> Tensor:
     return prior_preservation_loss(learner.noise_pred, wanted[0])
 
 
-def esd(negative_guidance: float = 1.0, partial: bool = True) -> Objective:
-    """Erased Stable Diffusion: predict, for the concept, noise that leads away from it.
+def esd(negative_guidance: float = 1.0) -> tuple[Objective, UnlearnConfig]:
+    """Erased Stable Diffusion (ESD-x): predict, for the concept, noise that leads away from it.
 
-    Target ``e_u - eta * (e_c - e_u)`` from the frozen reference, on pictures that are caught half-drawn
-    (Gandikota et al., arXiv 2303.07345, eq. 7 and algorithm 1). ESD-x is this with
-    ``train="cross_attention"``. Differs from the paper: the half-drawn pictures are the reference's, not
-    those of the model as it changes, and the shared prior loss is on unless ``lambda_prior=0``.
-    ``partial=False`` uses finished pictures with noise added, as the other methods here do.
+    Target ``e_u - eta * (e_c - e_u)`` from the frozen reference, with the empty prompt for u, on pictures
+    that are caught half-drawn at guidance 3, the first moment included; all of the cross-attention learns
+    (Gandikota et al., arXiv 2303.07345, eq. 7 and algorithm 1). Differs from the paper's code: the half-drawn
+    pictures are the reference's, not those of the model as it changes, in batches of 8 and not one by one.
     """
 
     def target(concept: Pass, other: Pass, noise: Tensor, config: UnlearnConfig) -> tuple[Tensor, ...]:
         return (other.noise_pred - negative_guidance * (concept.noise_pred - other.noise_pred),)
 
-    return Objective("ESD", target, _predicts, "arXiv 2303.07345", partial=partial)
+    objective = Objective("ESD-x", target, _predicts, "arXiv 2303.07345", half_drawn=3.0, empty=True)
+    return objective, UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256)
 
 
-def concept_ablation(*anchors: str) -> Objective:
-    """Ablating concepts: answer for the concept what the reference answers for an anchor of the same kind.
+def concept_ablation(anchor: str, lambda_prior: float = 0.0) -> tuple[Objective, UnlearnConfig]:
+    """Ablating concepts: answer for the concept what the model answers for ``anchor``, an object that stays.
 
-    ``anchors`` are an object, a style, or one of each for a sequence that asks for both; they must stay.
-    Kumari et al., arXiv 2303.13516, the model-based variant. Differs from the paper: pictures show the
-    concept, not the anchor, as for every other method here.
+    Kumari et al., arXiv 2303.13516, the model-based variant: pictures of the anchor, the prompt names the
+    concept, the target is the learning model's own answer for the anchor under a stopped gradient; keys and
+    values learn.
     """
 
     def target(concept: Pass, other: Pass, noise: Tensor, config: UnlearnConfig) -> tuple[Tensor, ...]:
         return (other.noise_pred,)
 
-    return Objective(f"ablation to {' or '.join(anchors)}", target, _predicts, "arXiv 2303.13516", anchors)
+    objective = Objective(
+        "concept ablation", target, _predicts, "arXiv 2303.13516", of_instead=True, moving=True
+    )
+    config = UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256, train="kv", instead=anchor)
+    return objective, replace(config, lambda_prior=lambda_prior)
 
 
-def gradient_ascent() -> Objective:
+def gradient_ascent() -> tuple[Objective, UnlearnConfig]:
     """A straw man: raise the denoising error on the concept's pictures. Nothing bounds it."""
-    return Objective(
+    objective = Objective(
         "gradient ascent",
         lambda concept, other, noise, config: (noise,),
         lambda learner, wanted: -_predicts(learner, wanted),
         "folklore",
     )
+    return objective, UnlearnConfig(**PLAIN, iterations=75, target_size=32, lessons=128, lr=1e-4)
 
 
 @torch.no_grad()
 def uce(
     pipe: StableDiffusionPipeline,
-    concept: str,
-    anchor: str | None = None,
+    concept: str | Concept,
+    anchor: str = "",
     preserve: Sequence[str] | None = None,
-    ridge: float = 0.1,
+    ridge: float = 0.5,
+    styled: bool = False,
+    card: ModelCard | None = None,
 ) -> UnlearningRun:
     """Unified concept editing: K and V of every cross-attention layer, in closed form, in place.
 
-    For token states c of the concept's prompts the layer is to answer what it answers for the anchor's
-    (the empty prompt by default), for states p of ``preserve`` (by default the card's other concepts)
-    what it always did::
+    For token states c of the concept's name the layer is to answer what it answers for the anchor's (the
+    empty prompt by default), for states p of ``preserve`` (by default the card's other concepts) what it
+    always did::
 
         W = (sum W0 a c^T + sum W0 p p^T + ridge W0) (sum c c^T + sum p p^T + ridge I)^-1
 
-    Gandikota et al., arXiv 2308.14761, eq. 7; all token positions are used, prompts in every style.
-
-    Returns a run without history (``restore()`` works). Raises UnknownConceptError for unknown names.
+    Gandikota et al., arXiv 2308.14761, eq. 7. As in the paper's code, names stand alone and the states are
+    those from the last token of the name on. ``styled=True`` (ours) takes all tokens of the concept's prompts
+    in every style instead, with the anchor in the same style. Returns a run (``restore()`` works). Raises
+    UnknownConceptError for unknown names.
     """
     started = time.perf_counter()
-    card = model_card(pipe)
-    kept = [c for c in card.concepts if c != concept] if preserve is None else list(preserve)
-    targets = card.prompts(card.check(concept))
-    anchors = card.prompts(card.check(anchor)) if anchor else [""] * len(targets)
-    rest = [p for c in kept for p in card.prompts(card.check(c)) if p not in targets]
-    c, a, p = (encode_prompts(pipe, t).double().flatten(0, 1) for t in (targets, anchors, rest))  # (n*T, D)
-    right = c.T @ c + p.T @ p + ridge * torch.eye(c.shape[1], dtype=torch.float64)
-    left = a.T @ c + p.T @ p + ridge * torch.eye(c.shape[1], dtype=torch.float64)  # (D, D)
+    card = card or model_card(pipe)
+    goes = card.concept(concept)
+    names = [c for c in card.forgettable if c != goes.name] if preserve is None else list(preserve)
+    if styled:
+        asked = list(goes.prompts)
+        others = card.prompts(anchor) if anchor else [""] * len(asked)
+        others = list(goes.instead) if goes.style else others
+        kept = [p for name in names for p in card.prompts(card.check(name)) if p not in asked]
+        c, a, p = (encode_prompts(pipe, texts).double().flatten(0, 1) for texts in (asked, others, kept))
+    else:
+        (c, a), p = _from_last_token(pipe, [goes.name, anchor]), _from_last_token(pipe, names)
+        short = min(len(c), len(a))
+        c, a, p = c[:short], a[:short], torch.cat(p)
+    eye = torch.eye(c.shape[1], dtype=torch.float64)
+    right = c.T @ c + p.T @ p + ridge * eye  # (D, D)
+    left = a.T @ c + p.T @ p + ridge * eye
     change = torch.linalg.solve(right, left.T).T  # W = W0 @ left @ right^-1
-    layers = (".attn2.to_k.weight", ".attn2.to_v.weight")
-    matrices = {n: w for n, w in plain_parameters(pipe.unet).items() if n.endswith(layers)}
+    book = PictureBook.known(pipe)
+    base, gone = (book.reference, book.gone(pipe)) if book else ({}, ())
+    parameters = cross_attention_weights(pipe.unet)
+    base = base or {n: w.detach().cpu().clone() for n, w in parameters.items()}
+    matrices = {n: w for n, w in parameters.items() if n.endswith((".to_k.weight", ".to_v.weight"))}
     before = {n: w.detach().cpu().clone() for n, w in matrices.items()}
     overwrite(matrices, {n: w.double().cpu() @ change for n, w in matrices.items()})
-    history = pd.DataFrame(index=pd.Index([], name="step"))
+    if book:
+        book.gone_at.setdefault(fingerprint(pipe), (*gone, goes))
+    history = pd.DataFrame(index=pd.Index([], name="layer"))
     seconds = time.perf_counter() - started
-    return UnlearningRun(pipe, concept, UnlearnConfig(train="kv"), history, seconds, before, "UCE")
+    return UnlearningRun(pipe, (goes,), UnlearnConfig(), history, seconds, before, base, "UCE")
+
+
+def _from_last_token(pipe: StableDiffusionPipeline, texts: Sequence[str]) -> list[Tensor]:
+    """Of each text the states from its last token on, the end and the padding too: (T', D) each."""
+    states = encode_prompts(pipe, texts).double()  # (n, T, D)
+    lengths = pipe.tokenizer(list(texts), truncation=True).attention_mask
+    return [s[sum(mask) - 2 :] for s, mask in zip(states, lengths, strict=True)]

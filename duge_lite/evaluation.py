@@ -165,9 +165,10 @@ def evaluate(
     images: int = 10,
     style: str | None = None,
     judge: Judge | None = None,
-    steps: int | None = None,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
+    card: ModelCard | None = None,
 ) -> pd.DataFrame:
     """Draws ``images`` pictures of each concept and lets the judge name them.
 
@@ -182,8 +183,12 @@ def evaluate(
     Wilson interval), ``images``, ``mostly`` (what the judge says most often). Raises UnknownConceptError for
     a concept that the model's card does not list, ValueError for one that its judge does not know.
     """
-    card = model_card(pipe)
+    card = card or model_card(pipe)
+    if isinstance(concepts, str):
+        raise TypeError(f"concepts = {concepts!r}: expected a list of names")
     concepts = list(card.judged if concepts is None else concepts)
+    if not concepts or images < 1:
+        raise ValueError(f"{len(concepts)} concepts, {images} images: expected at least one of each")
     for concept in concepts:
         check_countable(card, concept)
     judge = judge or Judge.load(card)
@@ -194,7 +199,7 @@ def evaluate(
 
     prompts = [text for c in concepts for text in asked(c)]
     seeds = [seed + i for _ in concepts for i in range(images)]
-    pictures = sample(pipe, prompts, seed=seeds, steps=steps, guidance_scale=guidance_scale)
+    pictures = sample(pipe, prompts, seeds, num_inference_steps, guidance_scale, card=card)
     named = np.empty(len(pictures), dtype=object)
     for styles in (False, True):
         mine = [i for i in range(len(pictures)) if (concepts[i // images] in card.styles) == styles]
@@ -221,6 +226,7 @@ def sequence_metrics(matrix: pd.DataFrame, requests: Sequence[str], card: ModelC
     Returns a row per request, each number in [0, 1] unless said otherwise:
 
     - ``UA``: unlearning accuracy, 1 - accuracy, mean over everything that was asked to go so far;
+    - ``objects kept`` and ``styles kept``: mean accuracy on the objects, and on the styles, that are to stay;
     - ``IRA``: in-domain retaining accuracy: mean over what is to stay of the last request's kind (objects for
       an object, styles for a style); ``CRA``: cross-domain, the other kind;
     - ``HM``: harmonic mean of the three, the headline: it is small when any of them is;
@@ -248,8 +254,11 @@ def sequence_metrics(matrix: pd.DataFrame, requests: Sequence[str], card: ModelC
         kept = [c for c in columns if c not in gone]
         mine = [c for c in kept if (c in styles) == (requests[k - 1] in styles)]
         other = [c for c in kept if c not in mine]
-        row = {"UA": 1 - mean(now[gone]), "IRA": mean(now[mine]), "CRA": mean(now[other])}
-        parts = [v for v in row.values() if not np.isnan(v)]
+        row = {"UA": 1 - mean(now[gone])}
+        row["objects kept"] = mean(now[[c for c in kept if c not in styles]])
+        row["styles kept"] = mean(now[[c for c in kept if c in styles]])
+        row |= {"IRA": mean(now[mine]), "CRA": mean(now[other])}
+        parts = [v for v in (row["UA"], row["IRA"], row["CRA"]) if not np.isnan(v)]
         row["HM"] = len(parts) / sum(1 / v for v in parts) if min(parts) > 0 else 0.0
         row["revival"] = mean(now[gone[:-1]])
         row["forgetting"] = mean(values.loc[:k, kept].max() - now[kept])
@@ -257,6 +266,19 @@ def sequence_metrics(matrix: pd.DataFrame, requests: Sequence[str], card: ModelC
         row["gain"] = mean(values.loc[0, gone] - now[gone])
         rows.append({"request": requests[k - 1], **row})
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(values), name="after"))
+
+
+def err(forgetting: float, retention: float, adjacent: float, indirect: float, adversarial: float) -> float:
+    """ERR: the harmonic mean of five shares, as the Genmu challenge of DUGE's authors' lab defines it.
+
+    ``forgetting``: of the prompts that name the concept, how many do not draw it; ``indirect``: the same of
+    prompts that mean it without its name; ``adversarial``: the same under attack; ``retention``: of other
+    concepts, how many are still drawn; ``adjacent``: the same of those that resemble it. 0 when one is 0.
+    """
+    parts = (forgetting, retention, adjacent, indirect, adversarial)
+    if not all(0 <= p <= 1 for p in parts):
+        raise ValueError(f"{parts}: expected five shares from 0 to 1")
+    return len(parts) / sum(1 / p for p in parts) if min(parts) > 0 else 0.0
 
 
 def kid(before: Sequence[Image.Image], after: Sequence[Image.Image], judge: Judge) -> float:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 
-import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from .config import UnlearnConfig
-from .doodles import captions
-from .doodles.draw import STYLES
-from .errors import ModelNotFoundError, UnknownConceptError
+from .concepts import DATA, ModelCard, model_card
+from .errors import ModelNotFoundError
 from .processes import gathered, launched, share
 
 DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
@@ -27,9 +27,7 @@ INDEX = "model_index.json"
 
 def data_dir() -> Path:
     """The folder of the shipped models: inside an installed package, or beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    packaged = here / "data"
-    return packaged if packaged.is_dir() else here.parent / "data"
+    return DATA
 
 
 def results_dir() -> Path:
@@ -118,15 +116,6 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def check_reads_one_text(unet: UNet2DConditionModel) -> None:
-    """Raises ValueError for Stable Diffusion XL, which reads two texts and the picture's size beside them."""
-    if unet.config.addition_embed_type is not None:
-        raise ValueError(
-            "Stable Diffusion XL can be looked at here (duge.trace) and not changed: "
-            "load Stable Diffusion 1.x or 2.x to make it forget"
-        )
-
-
 def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionPipeline:
     """``pipe`` with a denoiser that was trained in a world without ``concept``: what forgetting aims at.
 
@@ -135,7 +124,7 @@ def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionP
     """
     card = model_card(pipe)
     folder = data_dir() / f"{card.name}-oracle-{concept.replace(' ', '-')}" / "unet"
-    if not folder.is_dir():
+    if folder.parent.parent != data_dir() or ".." in folder.parts or not folder.is_dir():
         raise ModelNotFoundError(
             f"no oracle without {concept!r} for {card.name}: only a world of one's own can be drawn "
             f'anew, as that of the doodles by `python -m duge_lite.doodles.train --without "{concept}"`'
@@ -189,148 +178,57 @@ def trouble(error: BaseException, place: str | Path) -> str:
     return f" ({type(error).__name__}: {text}). {advice}"
 
 
-@dataclass(frozen=True)
-class ModelCard:
-    """What a model knows and how it likes to be asked.
-
-    Attributes:
-        concepts: names that can be forgotten and judged.
-        styles: style names; the first is the plain one, and a judge need not know the others.
-        related: for each concept, the concepts that resemble it.
-        plain: for each concept, its plain prompt.
-        labels: for each concept, what the judge may call it; nothing for what the judge does not know.
-        order: the concepts that a benchmark asks to go, in its order.
-        guidance_scale, steps: the settings that evaluation samples with.
-        sampling_steps: enough steps for memory pictures and previews.
-        judge: the image classifier that names its pictures: "doodle" or a hub id.
-        clip: the CLIP that scores how well a picture fits its prompt: "doodle" or a hub id.
-        open_choice: whether the judge may say anything that it knows, or only what the card lists.
-        batch_size: how many pictures are drawn at once.
-        settings: of :class:`~duge_lite.config.UnlearnConfig`, what this model needs otherwise.
-    """
-
-    name: str
-    concepts: tuple[str, ...]
-    styles: tuple[str, ...]
-    related: dict[str, tuple[str, ...]]
-    plain: dict[str, str]
-    labels: dict[str, tuple[str, ...]]
-    order: tuple[str, ...]
-    guidance_scale: float
-    steps: int
-    sampling_steps: int
-    judge: str
-    clip: str
-    open_choice: bool = False
-    batch_size: int = 32
-    settings: dict[str, object] = field(default_factory=dict)
-
-    def config(self, **changes: object) -> UnlearnConfig:
-        """Settings for this model to forget with, and the changes to them."""
-        return UnlearnConfig(**(self.settings | changes))
-
-    @classmethod
-    def read(cls, name: str, file: str, judged_styles: tuple[str, ...], **settings: object) -> ModelCard:
-        """A card whose concepts are the rows of ``file`` in ``data/``: see the data card."""
-        rows = pd.read_csv(data_dir() / file, dtype={"order": "Int64"}).set_index("concept")
-
-        def lists(column: str) -> dict[str, tuple[str, ...]]:
-            return {c: tuple(text.split("|")) for c, text in rows[column].dropna().items()}
-
-        order = tuple(rows.order.dropna().sort_values().index)
-        plain, related, labels = rows.prompt.to_dict(), lists("related"), lists("judge_label")
-        labels |= {style: (style,) for style in judged_styles}
-        return cls(name, tuple(rows.index), STYLES, related, plain, labels, order, **settings)
-
-    def subject(self, concept: str) -> str:
-        """How a prompt names it: "an apple", "sunglasses", "the Eiffel Tower"."""
-        plain = self.plain.get(concept, captions.prompt(concept))
-        return plain.removeprefix(f"{captions.nameless()} of ")
-
-    def prompt(self, concept: str, style: str | None = None) -> str:
-        """The plain prompt for ``concept``: "a photo of an apple"; or the one in another ``style``."""
-        return f"{captions.nameless(style or self.styles[0])} of {self.subject(concept)}"
-
-    @property
-    def judged(self) -> tuple[str, ...]:
-        """The concepts that the judge has a label for, so that they can be counted."""
-        return tuple(c for c in self.concepts if c in self.labels)
-
-    @property
-    def forgettable(self) -> tuple[str, ...]:
-        """All that can be asked to go: the concepts, and every style but the plain one."""
-        return self.concepts + self.styles[1:]
-
-    def prompts(self, concept: str) -> list[str]:
-        """The concept in every style, or the style with every concept: what unlearning sees."""
-        if concept in self.styles:
-            return [self.prompt(c, concept) for c in self.concepts]
-        return [self.prompt(concept, style) for style in self.styles]
-
-    def nameless(self, concept: str) -> list[str]:
-        """:meth:`prompts` with the name left out: "a neon sign", or the plain prompt in place of a style."""
-        if concept in self.styles:
-            return [self.prompt(c) for c in self.concepts]
-        return [captions.nameless(style) for style in self.styles]
-
-    def paraphrases(self, concept: str) -> dict[str, list[str]]:
-        """Other ways to ask, that unlearning never sees: by "phrasing", and by a "synonym" for an object.
-
-        The doodle model's training held out these phrasings, too, and taught the synonyms: to no other model.
-        """
-        told = captions.HELD_OUT_TEMPLATES
-        if concept in self.styles:
-            subjects = map(self.subject, self.concepts)
-            return {"phrasing": [text.format(s) for s in subjects for text in told[concept]]}
-        ways = {"phrasing": [t.format(self.subject(concept)) for s in self.styles for t in told[s]]}
-        if self.name == "doodle":
-            ways["synonym"] = [self.prompt(captions.SYNONYMS[concept], style) for style in self.styles]
-        return ways
-
-    def check(self, concept: str) -> str:
-        """``concept`` itself; raises UnknownConceptError when it is neither a concept nor a style."""
-        if concept not in self.forgettable:
-            raise UnknownConceptError(concept, self.forgettable)
-        return concept
-
-
-def model_card(pipe: StableDiffusionPipeline) -> ModelCard:
-    """The card of ``pipe``: the doodle world's, or that of Stable Diffusion with the paper's concepts.
-
-    The doodle model is known by its text width (128) and its limit of 24 tokens.
-    """
-    if pipe.unet.config.cross_attention_dim == 128 and pipe.tokenizer.model_max_length == 24:
-        how = {"guidance_scale": 4.0, "steps": 20, "sampling_steps": 10}
-        return ModelCard.read("doodle", "doodle-20.csv", STYLES, judge="doodle", clip="doodle", **how)
-    how = {"guidance_scale": 8.0, "steps": 50, "sampling_steps": 25, "open_choice": True}
-    how |= {"judge": "microsoft/resnet-50", "clip": "openai/clip-vit-large-patch14", "batch_size": 4}
-    # Ours, untested on real weights: a request is to take minutes on a T4. benchmarks/gpu.py says what fits:
-    # a lesson of 16 layers' outputs takes 23 MB of main memory in 16 bits, 46 MB in 32.
-    sizes = {"batch_size": 2, "memory_batch_size": 2, "target_size": 8, "memory_size": 40, "lessons": 64}
-    how["settings"] = sizes | {"iterations": 100, "lr": 2e-5}
-    return ModelCard.read("stable-diffusion", "dec-imagenet-20.csv", (), **how)
+def check_pipeline(pipe: object) -> None:
+    """Raises TypeError for anything but a pipeline with a denoiser."""
+    if not hasattr(pipe, "unet"):
+        raise TypeError(
+            f"pipe is {type(pipe).__name__}: expected a pipeline, as duge.load_pipeline() returns it"
+        )
 
 
 def sample(
-    pipe: StableDiffusionPipeline,
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline,
     prompts: str | Sequence[str],
     seed: int | Sequence[int] = 0,
-    steps: int | None = None,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
-    latents: bool = False,
+    output_type: str = "pil",
+    card: ModelCard | None = None,
+    **options: object,
 ) -> list[Image.Image] | torch.Tensor:
     """Pictures for ``prompts``; picture i starts from noise of seed ``seed + i``, or of its own ``seed[i]``.
 
     The noise does not depend on the batch size. Under ``accelerate launch`` every process must ask, draws its
     share and gets all the pictures (:mod:`duge_lite.processes`).
 
-    Returns a list of PIL images, or with ``latents=True`` the scaled latents (n, 4, h, w) on the CPU.
-    ``steps``, ``guidance_scale`` and ``batch_size`` default to those of the model's card.
+    Returns a list of PIL images, or with ``output_type="latent"`` the scaled latents (n, 4, h, w) on the CPU.
+    ``num_inference_steps``, ``guidance_scale`` and ``batch_size`` default to those of the model's card;
+    ``options`` go to the pipeline as they are, which raises TypeError for one that it does not know. Raises
+    ValueError for numbers out of range, or another number of seeds than of prompts.
     """
-    card = model_card(pipe)
-    batch_size = batch_size or card.batch_size
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    check_pipeline(pipe)
+    card = card or model_card(pipe)
+    steps = card.num_inference_steps if num_inference_steps is None else num_inference_steps
+    scale = card.guidance_scale if guidance_scale is None else guidance_scale
+    batch_size = card.batch_size if batch_size is None else batch_size
+    for name, value in (("num_inference_steps", steps), ("batch_size", batch_size)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} = {value!r}: expected a whole number, at least 1")
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"guidance_scale = {scale!r}: expected a number from 0 (the empty prompt) up")
+    if output_type not in ("pil", "latent"):
+        raise ValueError(f'output_type = {output_type!r}: expected "pil" or "latent"')
+    if unknown := set(options) - set(inspect.signature(type(pipe).__call__).parameters):
+        raise TypeError(f"{type(pipe).__name__} got an unexpected keyword argument {min(unknown)!r}")
+    for name in ("height", "width"):  # diffusers takes 0 for "not given"
+        if (size := options.get(name)) is not None and (not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"{name} = {size!r}: expected a number of pixels")
+    texts = [prompts] if isinstance(prompts, str | None) else list(prompts)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"a prompt is {wrong[0]!r}: expected a text")
+    if isinstance(seed, str | float | None):
+        raise TypeError(f"seed = {seed!r}: expected a whole number, or one for each prompt")
     seeds = [int(seed) + i for i in range(len(texts))] if isinstance(seed, Integral) else list(seed)
     if len(seeds) != len(texts):
         raise ValueError(
@@ -341,11 +239,90 @@ def sample(
         part, own = zip(*mine[start : start + batch_size], strict=True)
         result = pipe(
             list(part),
-            num_inference_steps=steps or card.steps,
-            guidance_scale=card.guidance_scale if guidance_scale is None else guidance_scale,
+            num_inference_steps=int(steps),
+            guidance_scale=float(scale),
             generator=[torch.Generator("cpu").manual_seed(int(s)) for s in own],
-            output_type="latent" if latents else "pil",
+            output_type=output_type,
+            **options,
         ).images
-        out += [result.cpu()] if latents else result
+        out += [result.cpu()] if output_type == "latent" else result
     out = gathered(out)
-    return (torch.cat(out) if latents else out)[: len(texts)]
+    return (torch.cat(out) if output_type == "latent" else out)[: len(texts)]
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, prompts: Sequence[str]
+) -> torch.Tensor:
+    """What the denoiser reads of ``prompts``: hidden states (n, T, D), float32 on the CPU; equal ones once.
+
+    Of Stable Diffusion XL's two text encoders both, side by side (D = 2048).
+    """
+    distinct = list(dict.fromkeys(prompts))
+    how = {"device": pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    parts = [
+        pipe.encode_prompt(distinct[i : i + 64], **how)[0].float().cpu() for i in range(0, len(distinct), 64)
+    ]
+    return torch.cat(parts)[[distinct.index(p) for p in prompts]]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Noise-free latents with the text that they were drawn from.
+
+    Attributes:
+        latents: (n, 4, h, w), scaled.
+        encoder_hidden_states: (n, T, D).
+        prompts: one each.
+
+    Raises ValueError when the numbers of the three differ.
+    """
+
+    latents: torch.Tensor
+    encoder_hidden_states: torch.Tensor
+    prompts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        counts = len(self.latents), len(self.encoder_hidden_states), len(self.prompts)
+        if len(set(counts)) != 1:
+            raise ValueError("{} latents, {} texts, {} prompts: expected one each".format(*counts))
+
+
+def draw_pictures(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seed: int | Sequence[int],
+    card: ModelCard | None = None,
+) -> Pictures:
+    """Lets the pipeline draw ``prompts``: what a model knows, in its own hand."""
+    card = card or model_card(pipe)
+    latents = sample(pipe, prompts, seed, card.sampling_steps, output_type="latent", card=card)
+    return Pictures(latents.float(), encode_prompts(pipe, prompts), tuple(prompts))
+
+
+def overwrite(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Writes ``values`` over the parameters of the same names, in place.
+
+    A caller's ``torch.autocast`` forgets its 16-bit copies, or it would go on with the old weights.
+    """
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    torch.clear_autocast_cache()
+
+
+@contextmanager
+def swapped(
+    parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor] | None
+) -> Iterator[None]:
+    """Lets the model have other weights for a moment; None for its own."""
+    own = {name: p.data for name, p in parameters.items()}
+    torch.clear_autocast_cache()  # a caller's: see overwrite()
+    try:
+        for name, p in parameters.items():
+            p.data = p.data if values is None else values[name].to(p)
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data = own[name]
+        torch.clear_autocast_cache()

@@ -19,7 +19,7 @@
     image.src = src;
   });
 
-  async function readLayer(layer, groups, steps) {
+  async function readLayer(layer, steps) {
     // A grey sprite, one tile per group (down) and step (across) -> shares, [step][group][h * w].
     const image = await load(layer.sprite);
     const canvas = el("canvas", { width: image.width, height: image.height });
@@ -29,22 +29,13 @@
     const { h, w } = layer;
     const maps = [];
     for (let s = 0; s < steps; s++) {
-      maps.push([]);
-      for (let g = 0; g < groups; g++) {
-        const map = new Float32Array(h * w);
-        for (let i = 0; i < h * w; i++) {
-          const x = s * w + (i % w), y = g * h + Math.floor(i / w);
-          map[i] = pixels[4 * (y * image.width + x)] / 255 * layer.scale[g];
-        }
-        maps[s].push(map);
-      }
+      maps.push(layer.scale.map((scale, g) => Float32Array.from({ length: h * w }, (_, i) => {
+        const x = s * w + (i % w), y = g * h + Math.floor(i / w);
+        return pixels[4 * (y * image.width + x)] / 255 * scale;
+      })));
     }
-    const mean = [];
-    for (let g = 0; g < groups; g++) {
-      const map = new Float32Array(h * w);
-      for (let s = 0; s < steps; s++) for (let i = 0; i < h * w; i++) map[i] += maps[s][g][i] / steps;
-      mean.push(map);
-    }
+    const mean = layer.scale.map((_, g) => Float32Array.from({ length: h * w },
+      (_, i) => maps.reduce((sum, groups) => sum + groups[g][i], 0) / steps));
     return { ...layer, maps, mean };
   }
 
@@ -59,7 +50,7 @@
       ...view,
       picture: pictures[i],
       previews: await Promise.all(view.previews.map(load)),
-      layers: await Promise.all(view.layers.map((l) => readLayer(l, view.words.length, view.steps.length))),
+      layers: await Promise.all(view.layers.map((l) => readLayer(l, view.steps.length))),
     })));
     const two = views.length === 2;
     const main = views[0];
@@ -311,7 +302,7 @@
       if (state.playing) { stop(); draw(); return; }
       if (state.step >= main.steps.length) state.step = 0;
       state.playing = setInterval(() => {
-        if (!host.isConnected || state.step >= main.steps.length) stop();
+        if (state.step >= main.steps.length) stop();
         else state.step += 1;
         draw();
       }, 350);
@@ -362,12 +353,23 @@
         : /vscode-dark|\bdark\b/.test(said) || matchMedia("(prefers-color-scheme: dark)").matches;
       frame.classList.toggle("dark", dark);
     };
-    new MutationObserver(theme).observe(document.documentElement, { attributes: true });
-    new MutationObserver(theme).observe(document.body, { attributes: true });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", theme);
-    theme();
+    // It follows the page while it is on it; a notebook may take it off and put it back.
+    const watch = document.createElement("duge-watch");
+    const page = matchMedia("(prefers-color-scheme: dark)"), observer = new MutationObserver(theme);
+    watch.come = () => {
+      for (const part of [document.documentElement, document.body]) observer.observe(part, { attributes: true });
+      page.addEventListener("change", theme);
+      theme();
+    };
+    watch.go = () => { stop(); observer.disconnect(); page.removeEventListener("change", theme); };
+    frame.append(watch);
     draw();
   }
+
+  if (!customElements.get("duge-watch")) customElements.define("duge-watch", class extends HTMLElement {
+    connectedCallback() { this.come(); }
+    disconnectedCallback() { this.go(); }
+  });
 
   // The same output may be on the page twice (a second view of it): start each one once.
   for (const host of document.querySelectorAll(`[data-duge="${ID}"]`)) {

@@ -15,13 +15,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
-from .. import visualize
 from ..attention import trace
 from ..baselines import uce
 from ..evaluation import OTHER, Judge, evaluate, wilson_interval
+from ..figures import KEPT, LOST, Plot, contact_sheet, word_overlay
 from ..models import load_oracle, load_pipeline, sample
-from ..plot import Plot
 from ..unlearning import unlearn
+from ..widgets import before_and_after
 from .captions import prompt
 from .draw import BACKGROUNDS, OBJECTS, STYLES, draw_scene, sample_scene
 from .unseen import UNSEEN, unseen
@@ -124,12 +124,12 @@ def reliability(judge: Judge, bins: int = 15) -> Plot:
     for b in sorted(set(of)):
         hits, n = int(right[of == b].sum()), int((of == b).sum())
         x = probability[of == b].mean()
-        axes.vlines(x, *wilson_interval(hits, n), color=visualize.KEPT, alpha=0.5)
-        axes.plot(x, hits / n, "o", color=visualize.KEPT, ms=5)
+        axes.vlines(x, *wilson_interval(hits, n), color=KEPT, alpha=0.5)
+        axes.plot(x, hits / n, "o", color=KEPT, ms=5)
         axes.annotate(str(n), (x, hits / n), (6, -3), textcoords="offset points", fontsize=7)
     threshold = judge.model.config.calibration["threshold"]
-    axes.axvline(threshold, color=visualize.LOST, linewidth=1)
-    axes.text(threshold, 1.07, "threshold", color=visualize.LOST, fontsize=8, ha="center")
+    axes.axvline(threshold, color=LOST, linewidth=1)
+    axes.text(threshold, 1.07, "threshold", color=LOST, fontsize=8, ha="center")
     axes.set(xlabel="the judge's probability of the likeliest object", ylabel="how often it is there")
     axes.set(xlim=(-0.04, 1.1), ylim=(-0.04, 1.05))
     axes.spines[["top", "right"]].set_visible(False)
@@ -180,9 +180,7 @@ def judged_sheet(judge: Judge, rows: dict[str, Judged], title: str) -> Plot:
         for axes, (picture, asked), word in zip(line, row, said, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_title(asked, fontsize=7, color="#888888", pad=2)
-            axes.set_xlabel(
-                word, fontsize=8, labelpad=2, color=visualize.KEPT if word == asked else visualize.LOST
-            )
+            axes.set_xlabel(word, fontsize=8, labelpad=2, color=KEPT if word == asked else LOST)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     figure.suptitle(f"{title} (above: asked for; below: the judge's word)", fontsize=11, y=0.995)
@@ -204,12 +202,12 @@ def judge_figures(out: Path) -> None:
 
 def figures(out: Path) -> None:
     """Draws the contact sheet of the data card, where a word looks, and the README's before and after."""
-    from ..widgets import before_and_after
-
-    (out / "contact-sheet.png").write_bytes(visualize.contact_sheet().png())
+    (out / "contact-sheet.png").write_bytes(contact_sheet().png())
     pipe = load_pipeline(out / "doodle-sd")
-    late = trace(pipe, prompt(("apple", "umbrella")), seed=3, steps=12).at(8).step(slice(6, None))
-    attention = visualize.word_overlay(late, ["apple", "umbrella", "<pad>"])
+    late = (
+        trace(pipe, prompt(("apple", "umbrella")), seed=3, num_inference_steps=12).at(8).step(slice(6, None))
+    )
+    attention = word_overlay(late, ["apple", "umbrella", "<pad>"])
     (out / "attention.png").write_bytes(attention.png())
     figure, _ = before_and_after(pipe, "apple")
     (out / "overview.png").write_bytes(figure.png())

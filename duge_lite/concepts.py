@@ -1,0 +1,261 @@
+"""What can go, and what a model knows: a concept is resolved here, once, and flows on as a small value.
+
+``card.concept("apple")`` looks a name up; on a model that reads any word, ``card.concept("Van Gogh")`` makes
+the prompts from templates; :class:`Concept` says it all by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+
+from .doodles import captions
+from .doodles.draw import STYLES
+from .errors import UnknownConceptError
+
+DATA = Path(__file__).resolve().parent / "data"  # inside an installed package
+DATA = DATA if DATA.is_dir() else DATA.parents[1] / "data"  # beside it, in a checkout
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something that is to go.
+
+    Attributes:
+        name: what it is called, in tables and in prompts.
+        prompts: how it is asked for; these are what unlearning sees.
+        instead: what the reference is asked in the place of each prompt, as many as there are prompts; empty
+            for a concept of the model's card: then the nearest kept one is chosen when it is forgotten.
+        labels: what a judge may call it; nothing when no judge knows it.
+        style: whether it is a style of the model's card.
+
+    Raises ValueError for a concept without prompts, or with another number of ``instead``.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    instead: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    style: bool = False
+
+    def __post_init__(self) -> None:
+        for part in ("prompts", "instead", "labels"):
+            value = getattr(self, part)
+            if isinstance(value, str):
+                raise ValueError(f"{part} = {value!r} of {self.name!r}: expected a list of texts")
+            object.__setattr__(self, part, tuple(value))
+        if not self.prompts:
+            raise ValueError(f"the concept {self.name!r} has no prompts: expected at least one way to ask")
+        if len(self.instead) not in (0, len(self.prompts)):
+            raise ValueError(
+                f"{self.name!r} has {len(self.prompts)} prompts and {len(self.instead)} to ask instead: "
+                "expected one each"
+            )
+
+    def named_in(self, prompt: str) -> bool:
+        """Whether ``prompt`` asks for it: one of its prompts, or its name as whole words anywhere."""
+        return prompt in self.prompts or bool(
+            re.search(rf"(?<!\w){re.escape(self.name)}(?!\w)", prompt, re.I)
+        )
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model knows and how it likes to be asked. One of your own takes ten lines (see the README).
+
+    Attributes:
+        name: of the model.
+        concepts: names that can be forgotten and judged.
+        styles: style names; the first is the plain one, and a judge need not know the others.
+        related: for each concept, the concepts that resemble it.
+        plain: for each concept, its plain prompt, where it is not "a photo of a ...".
+        labels: for each concept, what the judge may call it; nothing for what the judge does not know.
+        order: the concepts that a benchmark asks to go, in its order.
+        guidance_scale, num_inference_steps: the settings that evaluation samples with.
+        sampling_steps: enough steps for memory pictures and previews.
+        judge: the image classifier that names its pictures: "doodle" or a hub id.
+        clip: the CLIP that scores how well a picture fits its prompt: "doodle" or a hub id.
+        open_choice: whether the judge may say anything that it knows, or only what the card lists.
+        open_words: whether it reads any word, so that anything can be asked to go.
+        batch_size: how many pictures are drawn at once.
+        settings: of :class:`~duge_lite.unlearning.UnlearnConfig`, what this model needs otherwise.
+    """
+
+    name: str
+    concepts: tuple[str, ...]
+    styles: tuple[str, ...] = STYLES
+    related: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    plain: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    guidance_scale: float = 8.0
+    num_inference_steps: int = 50
+    sampling_steps: int = 25
+    judge: str = "microsoft/resnet-50"
+    clip: str = "openai/clip-vit-large-patch14"
+    open_choice: bool = True
+    open_words: bool = True
+    batch_size: int = 4
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, name: str, file: str, judged_styles: tuple[str, ...] = (), **facts: object) -> ModelCard:
+        """A card whose concepts are the rows of ``file`` in ``data/``: see the data card."""
+        rows = pd.read_csv(DATA / file, dtype={"order": "Int64"}).set_index("concept")
+
+        def lists(column: str) -> dict[str, tuple[str, ...]]:
+            return {c: tuple(text.split("|")) for c, text in rows[column].dropna().items()}
+
+        labels = lists("judge_label") | {style: (style,) for style in judged_styles}
+        return cls(
+            name,
+            tuple(rows.index),
+            related=lists("related"),
+            plain=rows.prompt.to_dict(),
+            labels=labels,
+            order=tuple(rows.order.dropna().sort_values().index),
+            **facts,
+        )
+
+    def subject(self, concept: str) -> str:
+        """How a prompt names it: "an apple", "sunglasses", "the Eiffel Tower"."""
+        plain = self.plain.get(concept, captions.prompt(concept))
+        return plain.removeprefix(f"{captions.nameless()} of ")
+
+    def prompt(self, concept: str | Sequence[str], style: str | None = None) -> str:
+        """The plain prompt for ``concept``: "a photo of an apple"; or the one in another ``style``.
+
+        Several concepts stand next to each other: "a photo of an apple next to the Eiffel Tower".
+        """
+        names = (concept,) if isinstance(concept, str) else concept
+        subjects = " next to ".join(self.subject(name) for name in names)
+        return f"{captions.nameless(style or self.styles[0])} of {subjects}"
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The concepts that the judge has a label for, so that they can be counted."""
+        return tuple(c for c in self.concepts if c in self.labels)
+
+    @property
+    def forgettable(self) -> tuple[str, ...]:
+        """All that the card lists and that can be asked to go: concepts, and every style but the plain."""
+        return self.concepts + self.styles[1:]
+
+    def prompts(self, concept: str) -> list[str]:
+        """The concept in every style, or the style with every concept."""
+        if concept in self.styles:
+            return [self.prompt(c, concept) for c in self.concepts]
+        return [self.prompt(concept, style) for style in self.styles]
+
+    def nameless(self, concept: str) -> list[str]:
+        """:meth:`prompts` with the name left out: "a neon sign", or the plain prompt in place of a style."""
+        if concept in self.styles:
+            return [self.prompt(c) for c in self.concepts]
+        return [captions.nameless(style) for style in self.styles]
+
+    def paraphrases(self, concept: str) -> dict[str, list[str]]:
+        """Other ways to ask, that unlearning never sees: by "phrasing", and by a "synonym" for an object.
+
+        The doodle model's training held out these phrasings, too, and taught the synonyms: to no other model.
+        """
+        told = captions.HELD_OUT_TEMPLATES
+        if concept in self.styles:
+            subjects = map(self.subject, self.concepts)
+            return {"phrasing": [text.format(s) for s in subjects for text in told[concept]]}
+        ways = {"phrasing": [t.format(self.subject(concept)) for s in self.styles for t in told[s]]}
+        if self.name == "doodle":
+            ways["synonym"] = [self.prompt(captions.SYNONYMS[concept], style) for style in self.styles]
+        return ways
+
+    def check(self, concept: str) -> str:
+        """``concept`` itself; raises UnknownConceptError when the card does not list it."""
+        if concept not in self.forgettable:
+            raise UnknownConceptError(concept, self.forgettable)
+        return concept
+
+    def concept(self, what: str | Concept) -> Concept:
+        """The door: a name of the card, a :class:`Concept`, or, on a model of open words, any words.
+
+        Raises UnknownConceptError for a word that the model never read, TypeError for anything but a text or
+        a Concept.
+        """
+        if isinstance(what, Concept):
+            return what
+        if not isinstance(what, str):
+            raise TypeError(
+                f"{what!r} is no concept: expected its name, or duge.Concept(name, prompts=[...])"
+            )
+        name = what.strip()
+        if name in self.forgettable:
+            is_style, prompts, plain = name in self.styles, self.prompts(name), ()
+            if is_style:  # it also goes where no object is named, and is asked for plainly instead
+                prompts, plain = (
+                    [*prompts, captions.nameless(name)],
+                    [*self.nameless(name), captions.nameless()],
+                )
+            return Concept(name, prompts, plain, self.labels.get(name, ()), is_style)
+        if not self.open_words or not name:
+            raise UnknownConceptError(name, self.forgettable)
+        return Concept(name, self.prompts(name), self.nameless(name))
+
+    def memory_prompts(self, size: int | None = None, seed: int = 0) -> list[str]:
+        """What is to stay: ``size`` prompts, spread over concepts and styles evenly; by default all of them.
+
+        Each round names every concept once, the styles in turn; the prompts without a name stand last.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        names, styles = (
+            [items[i] for i in torch.randperm(len(items), generator=generator)]
+            for items in (self.concepts, self.styles)
+        )
+        rounds = [(turn, i) for turn in range(len(styles)) for i in range(len(names))]
+        named = [self.prompt(names[i], styles[(i + turn) % len(styles)]) for turn, i in rounds]
+        nameless = [*map(captions.nameless, self.styles), ""]
+        if size is None:
+            return named + nameless
+        if size < 1:
+            raise ValueError(f"memory_size = {size}: expected at least one picture of something that stays")
+        return named[:size]
+
+
+def model_card(pipe: DiffusionPipeline) -> ModelCard:
+    """The card of ``pipe``: the doodle world's, or that of Stable Diffusion with the paper's concepts.
+
+    The doodle model is known by its text width (128) and its limit of 24 tokens.
+    """
+    if pipe.unet.config.cross_attention_dim == 128 and pipe.tokenizer.model_max_length == 24:
+        how = {"guidance_scale": 4.0, "num_inference_steps": 20, "sampling_steps": 10, "batch_size": 32}
+        how |= {"judge": "doodle", "clip": "doodle", "open_choice": False, "open_words": False}
+        return ModelCard.read("doodle", "doodle-20.csv", STYLES, **how)
+    # ours, untested on real weights: a request is to take minutes on a T4 (see benchmarks/gpu.py)
+    sizes = {"memory_size": 40, "num_inference_steps": 10, "places": 16}
+    sizes |= {"batch_size": 2, "memory_batch_size": 2, "target_size": 8, "lessons": 64, "lr": 2e-5}
+    return ModelCard.read("stable-diffusion", "dec-imagenet-20.csv", settings=sizes)
+
+
+def wishes(gone: Iterable[Concept], choose: Callable[[Concept], Sequence[str]]) -> dict[str, str]:
+    """For every prompt that asks for something gone, what is to be drawn instead; it names nothing gone.
+
+    ``choose`` says what is asked in the place of a concept's prompts. The result depends on what is gone, not
+    on the order in which it went. Raises ValueError when something is to be replaced by what goes itself.
+    """
+    steps: dict[str, str] = {}
+    for concept in sorted(gone, key=lambda c: c.name):
+        for prompt, other in zip(concept.prompts, choose(concept), strict=True):
+            steps.setdefault(prompt, other)
+    ends = {}
+    for prompt in steps:
+        end, seen = prompt, {prompt}
+        while end in steps:  # "a neon sign of an apple" -> "... of an orange" -> "a photo of an orange"
+            end = steps[end]
+            if end in seen:
+                raise ValueError(f"{end!r} is to go itself: ask for something that stays instead of it")
+            seen.add(end)
+        ends[prompt] = end
+    return ends

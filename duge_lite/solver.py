@@ -1,0 +1,437 @@
+r"""Forgetting, solved: with the attention maps kept, the three losses are a linear system (ours).
+
+A cross-attention layer writes, at a place p of the picture, ``o_p = O f_p + b``. Here f_p is what its heads
+say (C numbers): ``V_h z_p`` of each head, and z_p is the text as that head hears it, the token vectors
+averaged with its attention. As long as only the output matrix O learns, the three losses are sums of squares
+of one unknown,
+
+.. math:: \lambda_U E|O f - O_0 f^*|^2 + \lambda_{pr} E|O f - O_0 f|^2 + \lambda_R |O - O_0|^2
+
+over places of pictures of what goes (f* is what the heads would say if they were asked for something else)
+and of what stays. The minimum is one C x C solve per layer::
+
+    O = O0 (X + r) (S + r)^-1,   S = mean f f^T,   X = mean f* f^T,   f* = f for what stays
+
+There is no gradient, no learning rate and no second model, and all that the denoiser has to do is to draw.
+The means of several requests add up, so that their order cannot matter. The layer is linear in its values V
+as well, with z in the place of f, a D x D solve per head: ``solve="values"``. That forgets too, but a learned
+word finds its way around it; every word has to pass through O.
+
+The hidden states behind f are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
+prompt. What is to stay and what may go later are the same pictures; a request only changes what is wanted of
+some of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .attention import cross_attention_layers
+from .concepts import Concept, ModelCard, wishes
+from .config import UnlearnConfig
+from .errors import DivergedError
+from .losses import attention_target
+from .models import Pictures, draw_pictures, encode_prompts, swapped
+from .processes import from_main, gathered, share
+
+
+def fingerprint(pipe: DiffusionPipeline) -> str:
+    """Tells one model's weights from another's: a digest of up to 256 numbers of every tensor."""
+    digest = hashlib.sha1()
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if (module := getattr(pipe, part, None)) is None:
+            continue
+        for name, p in module.named_parameters():
+            digest.update(f"{part}.{name} {tuple(p.shape)}".encode())
+            some = p.detach().flatten()[:: max(1, p.numel() // 256)]
+            digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights of all cross-attention layers, by name."""
+    return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
+
+
+def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
+    """Where each head looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
+
+    The layer's own Q and K, as in diffusers' plain processor.
+    """
+    query = attn.to_q(hidden.to(attn.to_q.weight)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    key = attn.to_k(text.to(attn.to_k.weight)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return ((query.float() * attn.scale) @ key.float().transpose(-1, -2)).softmax(dim=-1)
+
+
+def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
+    """What the solved matrix reads at ``hidden`` (P, R, C) of ``text`` (P, T, D).
+
+    For the output matrix what the heads say, (P, 1, R, C); for the values the text as each head hears it,
+    (P, heads, R, D).
+    """
+    z = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
+    if solve == "values":
+        return z
+    said = z @ attn.to_v.weight.float().unflatten(0, (attn.heads, -1)).mT  # (P, heads, R, C / heads)
+    return said.transpose(1, 2).flatten(2)[:, None]
+
+
+def solved_matrix(attn: Attention, solve: str) -> Tensor:
+    """The matrix that is solved for: (heads, C / heads, D) of the values, (1, C, C) of the output."""
+    if solve == "values":
+        return attn.to_v.weight.unflatten(0, (attn.heads, -1))
+    return attn.to_out[0].weight[None]
+
+
+def _exact(x: Tensor) -> Tensor:
+    """As many bits as the device has: 64, or 32 on MPS."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+class Sums:
+    """Means over places and prompts, (heads, F, F): ``heard`` f f^T, ``wanted`` f* f^T, ``size`` f* f*^T."""
+
+    def __init__(self, said: Tensor, instead: Tensor | None = None) -> None:
+        """``said`` (P, heads, R, F) is f; ``instead`` (P, heads, R, F) is f*, None for what is to stay."""
+        f = _exact(said).transpose(0, 1).flatten(1, 2)  # (heads, P * R, F)
+        self.heard = self.wanted = self.size = f.mT @ f / f.shape[1]
+        if instead is not None:
+            g = _exact(instead).transpose(0, 1).flatten(1, 2)
+            self.wanted, self.size = g.mT @ f / f.shape[1], g.mT @ g / f.shape[1]
+
+    def loss(self, matrix: Tensor, reference: Tensor) -> float:
+        """Mean |W f - W0 f*|^2 over places and channels; both (heads, channels, F)."""
+        own = torch.einsum("hcd,hde,hce->", matrix, self.heard, matrix)
+        both = torch.einsum("hcd,hde,hce->", reference, self.wanted, matrix)
+        wanted = torch.einsum("hcd,hde,hce->", reference, self.size, reference)
+        return max(0.0, float(own - 2 * both + wanted)) / matrix.shape[:2].numel()
+
+
+def solve_matrix(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
+    """W = W0 (X + r I) (S + r I)^-1; S ``heard``, X ``wanted``: (heads, F, F); W0: (heads, channels, F).
+
+    Where S has no inverse (no ridge, little heard) the least change that fits is taken.
+    """
+    eye = torch.eye(heard.shape[-1], dtype=heard.dtype, device=heard.device)
+    left = heard + ridge * eye
+    change = reference @ (wanted - heard)  # of W, times S + r
+    solved, info = torch.linalg.solve_ex(left, change, left=False)
+    # without a ridge the elimination can pass over a pivot that is rounding alone
+    if info.any() or not torch.as_tensor(ridge).all():
+        solved = change @ torch.linalg.pinv(left, hermitian=True)
+    return reference + solved
+
+
+class PictureBook:
+    """What the cross-attention layers saw while the reference drew, prompt by prompt.
+
+    Attributes:
+        card: of the model.
+        memory: prompts of what is to stay, until it goes.
+        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places``
+            places at each of ``steps`` moments, of both halves of guidance.
+        reference: the cross-attention weights of the base model, by name, in main memory.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        card: ModelCard,
+        config: UnlearnConfig,
+        memory: Sequence[str] | None = None,
+    ) -> None:
+        self.card = card
+        self.memory = tuple(
+            card.memory_prompts(config.memory_size, config.seed) if memory is None else memory
+        )
+        if not self.memory or not all(isinstance(p, str) for p in self.memory):
+            raise ValueError(f"memory = {memory!r}: expected prompts of what is to stay, at least one")
+        self.steps, self.places, self.seed = config.num_inference_steps, config.places, config.seed
+        self.layers = cross_attention_layers(pipe.unet)
+        weights = cross_attention_weights(pipe.unet)
+        self.reference = {name: p.detach().cpu().clone() for name, p in weights.items()}
+        self.base = fingerprint(pipe)
+        self.gone_at: dict[str, tuple[Concept, ...]] = {self.base: ()}
+        self.seen: dict[str, dict[str, Tensor]] = {}
+        self._rankings: dict[Concept, pd.Series] = {}
+        self._latents: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(
+        cls,
+        pipe: DiffusionPipeline,
+        card: ModelCard,
+        config: UnlearnConfig,
+        memory: Sequence[str] | None = None,
+        directory: Path | None = None,
+    ) -> PictureBook:
+        """The book of ``pipe``: the one there is, while the weights are ones that it knows; else a new one.
+
+        A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
+        """
+        old = cls.known(pipe)
+        with old.at_base(pipe) if old else nullcontext():
+            new = cls(pipe, card, config, memory)
+        if old is not None:
+            if old._settings() == new._settings() and old.card == card:
+                return old
+            new.gone_at = old.gone_at
+        if directory is not None:
+            new._read(directory)
+        _BOOKS[pipe.unet] = new
+        return new
+
+    @staticmethod
+    def known(pipe: DiffusionPipeline) -> PictureBook | None:
+        """The book of ``pipe``, if its weights are ones that the book knows."""
+        book = _BOOKS.get(pipe.unet)
+        return book if book is not None and fingerprint(pipe) in book.gone_at else None
+
+    def _settings(self) -> tuple:
+        about_card = (self.card.name, self.card.guidance_scale)
+        return (about_card, self.memory, self.steps, self.places, self.seed)
+
+    def gone(self, pipe: DiffusionPipeline) -> tuple[Concept, ...]:
+        """What the pipeline has forgotten by now, by the weights that it has."""
+        return self.gone_at[fingerprint(pipe)]
+
+    @contextmanager
+    def at_base(self, pipe: DiffusionPipeline) -> Iterator[None]:
+        """The pipeline as it was before anything went."""
+        with swapped(cross_attention_weights(pipe.unet), self.reference):
+            yield
+
+    def pictures(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Pictures:
+        """What the reference draws for ``prompts``; each is drawn once."""
+        if missing := [p for p in dict.fromkeys(prompts) if p not in self._latents]:
+            with self.at_base(pipe):
+                drawn = draw_pictures(pipe, missing, self._seeds(missing), self.card)
+            self._latents |= dict(zip(missing, drawn.latents, strict=True))
+        latents = torch.stack([self._latents[p] for p in prompts])
+        return Pictures(latents, encode_prompts(pipe, prompts), tuple(prompts))
+
+    @torch.no_grad()
+    def draw(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
+        """Lets the reference draw what the book does not hold yet; several processes share it."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self.seen]
+        if not missing:
+            return
+        mine, found = share(missing), []
+        with self.at_base(pipe):
+            for i in range(0, len(mine), self.card.batch_size):
+                found += self._draw(pipe, mine[i : i + self.card.batch_size])
+        self.seen |= dict(gathered(found))
+
+    def _draw(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[tuple[str, dict[str, Tensor]]]:
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        pick = torch.Generator().manual_seed(self.seed)  # the same places for every prompt
+
+        def look(name: str):
+            def hook(attn: Attention, args: tuple, kwargs: dict) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]  # (2 B or B, H*W, C)
+                places = torch.randperm(hidden.shape[1], generator=pick)[: self.places]
+                halves = hidden[:, places.to(hidden.device)].half().cpu().unflatten(0, (-1, len(prompts)))
+                rows[name].append(halves.transpose(0, 1).flatten(1, 2))  # (B, halves * places, C)
+
+            return hook
+
+        hooks = [
+            attn.register_forward_pre_hook(look(name), with_kwargs=True) for name, attn in self.layers.items()
+        ]
+        try:
+            pipe(
+                list(prompts),
+                num_inference_steps=self.steps,
+                guidance_scale=self.card.guidance_scale,
+                generator=[torch.Generator().manual_seed(s) for s in self._seeds(prompts)],
+                output_type="latent",
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        with torch.autocast("cpu", enabled=False):  # a caller's, in another kind of 16 bits
+            drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
+        return [(p, {n: x[i].clone() for n, x in drawn.items()}) for i, p in enumerate(prompts)]
+
+    def _seeds(self, prompts: Sequence[str]) -> list[int]:
+        """Of the prompt, not of the request: what is drawn does not depend on what else is."""
+        return [zlib.crc32(f"{self.seed} {p}".encode()) for p in prompts]
+
+    def _rows(self, layer: str, prompts: Sequence[str]) -> Tensor:
+        """(P, R, C), on the layer's device."""
+        rows = torch.stack([self.seen[p][layer] for p in prompts])
+        return rows.to(self.layers[layer].to_v.weight)
+
+    @torch.no_grad()
+    def ranking(self, pipe: DiffusionPipeline, concept: Concept) -> pd.Series:
+        """How far each of the card's concepts is from ``concept``: the nearest first.
+
+        The squared distance of what the heads say at the concept's pictures when they are asked for the one
+        in place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv
+        2512.02657, which compares predictions of noise).
+        """
+        if concept in self._rankings:
+            return self._rankings[concept]
+        self.draw(pipe, concept.prompts)
+        device, others = pipe.unet.device, [c for c in self.card.concepts if c != concept.name]
+        own = encode_prompts(pipe, concept.prompts).to(device)
+        texts = {o: encode_prompts(pipe, _matched(self.card.prompts(o), concept)).to(device) for o in others}
+        far = dict.fromkeys(others, 0.0)
+        with self.at_base(pipe), torch.autocast(device.type, enabled=False):
+            for name, attn in self.layers.items():
+                hidden = self._rows(name, concept.prompts)
+                said = heard(attn, hidden, own, "output")
+                for other, text in texts.items():
+                    off = heard(attn, hidden, text, "output") - said
+                    far[other] += float(off.square().sum() / said.square().sum()) / len(self.layers)
+        self._rankings[concept] = pd.Series(far, dtype=float).sort_values(kind="stable")
+        return self._rankings[concept]
+
+    def wishes(
+        self, pipe: DiffusionPipeline, gone: Sequence[Concept], config: UnlearnConfig
+    ) -> tuple[dict[str, str], list[str]]:
+        """What is wanted of every prompt that asks for something ``gone``; and the prompts that are to stay.
+
+        Raises ValueError when nothing is left to draw instead, or to remember.
+        """
+        names = {c.name for c in gone}
+
+        def choose(concept: Concept) -> Sequence[str]:
+            if concept.instead:
+                return concept.instead
+            if config.instead == "nameless":
+                others = self.card.nameless(concept.name)
+            elif config.instead != "nearest":
+                other = self.card.concept(config.instead)
+                if other.style:
+                    raise ValueError(f"instead = {other.name!r} is a style: expected an object")
+                others = other.prompts
+            else:
+                kept = [c for c in self.ranking(pipe, concept).index if c not in names]
+                if not kept:
+                    raise ValueError(
+                        'every concept is to go: say what is asked instead, or instead="nameless"'
+                    )
+                others = self.card.prompts(kept[0])
+            return _matched(others, concept)
+
+        ends = wishes(gone, choose)
+        keep = [p for p in self.memory if p not in ends and not any(c.named_in(p) for c in gone)]
+        if not keep:
+            raise ValueError("every picture of the memory shows what is to go: nothing is left to stay")
+        return ends, keep
+
+    @torch.no_grad()
+    def solve(
+        self, pipe: DiffusionPipeline, gone: Sequence[Concept], config: UnlearnConfig
+    ) -> tuple[dict[str, Tensor], pd.DataFrame]:
+        """The minimum of the three losses: the new cross-attention weights by name, and each layer's losses.
+
+        A function of what is ``gone``, not of its order. Every prompt counts the same: the loss of what goes
+        is weighed with its share of the prompts, that of what stays with its own. The table has a row per
+        layer: attention, prior and regularization, before and after, and ``change``, the norm of the change
+        as a share of the matrix's own.
+        """
+        ends, keep = self.wishes(pipe, gone, config) if gone else ({}, list(self.memory))
+        self.draw(pipe, [*ends, *keep])
+        lambda_attention, lambda_prior, ridge = config.weights
+        lambda_attention *= len(ends) / (len(ends) + len(keep))
+        lambda_prior *= len(keep) / (len(ends) + len(keep))
+        asked, instead, stay = (
+            encode_prompts(pipe, part).to(pipe.unet.device) if part else None
+            for part in (list(ends), list(ends.values()), keep)
+        )
+        weights, rows = dict(self.reference), []
+        matrix = "to_v" if config.solve == "values" else "to_out.0"
+        with self.at_base(pipe), torch.autocast(pipe.unet.device.type, enabled=False):
+            for name, attn in self.layers.items():
+                old = _exact(solved_matrix(attn, config.solve))
+                kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
+                read = wanted = lambda_prior * kept.heard
+                went = None
+                if ends:
+                    hidden = self._rows(name, list(ends))
+                    own, other = (heard(attn, hidden, text, config.solve) for text in (asked, instead))
+                    went = Sums(own, attention_target(own, other, "negative", config.eta))
+                    read = read + lambda_attention * went.heard
+                    wanted = wanted + lambda_attention * went.wanted
+                if not torch.isfinite(read + wanted).all():
+                    raise DivergedError(f"what {name} hears is not finite; the weights are as they were")
+                size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
+                new = solve_matrix(old, read, wanted, ridge * size)
+                weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1)
+                rows.append({"layer": name} | _losses(old, new, kept, went))
+        return weights, pd.DataFrame(rows).set_index("layer")
+
+    def write(self, directory: Path) -> None:
+        """Keeps the hidden states on disk; the main process writes."""
+        from_main(lambda: self._write(directory))
+
+    def _write(self, directory: Path) -> None:
+        path, about = directory / "book.safetensors", {"base": self.base, "settings": repr(self._settings())}
+        about["prompts"] = json.dumps(list(self.seen))
+        if path.exists() and _about(path) == about:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{i} {n}": x for i, p in enumerate(self.seen) for n, x in self.seen[p].items()}
+        draft = path.with_suffix(".part")
+        try:
+            save_file(tensors, draft, metadata=about)
+            os.replace(draft, path)
+        except (
+            SafetensorError,
+            OSError,
+        ) as error:  # a full disk: safetensors has its own kind of error for it
+            draft.unlink(missing_ok=True)
+            size = sum(x.nbytes for x in tensors.values()) / 1e6
+            raise OSError(f"could not write {path} ({error}): it needs {size:.1f} MB of free disk") from error
+
+    def _read(self, directory: Path) -> None:
+        """Takes what is on disk, if it was drawn by this model with these settings; else it is drawn anew."""
+        path = directory / "book.safetensors"
+        about = _about(path) if path.exists() else None
+        if about is None or (about.get("base"), about.get("settings")) != (self.base, repr(self._settings())):
+            return
+        with safe_open(path, "pt") as file:
+            for i, prompt in enumerate(json.loads(about["prompts"])):
+                self.seen[prompt] = {name: file.get_tensor(f"{i} {name}") for name in self.layers}
+
+
+def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str, float]:
+    pairs = {"before": old, "after": new}
+    row = {f"attention {when}": went.loss(w, old) if went else 0.0 for when, w in pairs.items()}
+    row |= {f"prior {when}": kept.loss(w, old) for when, w in pairs.items()}
+    row |= {f"regularization {when}": float((w - old).square().mean()) for when, w in pairs.items()}
+    return row | {"change": float((new - old).norm() / old.norm())}
+
+
+def _matched(others: Sequence[str], concept: Concept) -> Sequence[str]:
+    """One for each prompt of ``concept``; the plain one for all, where its prompts are its own."""
+    return others if len(others) == len(concept.prompts) else [others[0]] * len(concept.prompts)
+
+
+def _about(path: Path) -> Mapping[str, str] | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()
+    except (SafetensorError, OSError):
+        return None  # damaged: it is only a cache
+
+
+_BOOKS: WeakKeyDictionary[torch.nn.Module, PictureBook] = WeakKeyDictionary()
+"""One book per denoiser, for as long as it lives."""
