@@ -133,7 +133,7 @@ class UnlearningSequence:
         return matrix.rename_axis(columns="concept")
 
     def metrics(self, matrix: pd.DataFrame) -> pd.DataFrame:
-        """What is gone and what is kept after each request; see :func:`duge_lite.evaluation.sequence_metrics`."""
+        """What is gone and kept after each request; see :func:`duge_lite.evaluation.sequence_metrics`."""
         return sequence_metrics(matrix, self.concepts, self.card)
 
     def drift(self) -> pd.DataFrame:
@@ -160,7 +160,7 @@ class UnlearningSequence:
         return pd.DataFrame(rows).set_index(["request", "kind"]) if rows else pd.DataFrame()
 
     def append(self, run: UnlearningRun, saved: Path | None = None) -> None:
-        """Takes in what was just done to the pipeline, by whatever method; ``saved`` is where it is on disk."""
+        """Takes in what was just done to the pipeline, by any method; ``saved`` is where it is on disk."""
         if saved is None:
             self._after.append(run.weights())
         else:
@@ -304,7 +304,7 @@ def _open(
     card: ModelCard,
     memory: Sequence[str] | None,
 ) -> Mapping[str, Tensor]:
-    """Starts a directory, or checks that it was started by the same request; the pipeline is then at step 0."""
+    """Starts a directory, or checks that the same request did; the pipeline is then at step 0."""
     about = {"objective": objective.name, "card": card.name, "memory": memory and list(memory)}
     about["config"] = asdict(config)
     file, weights = folder / "sequence.json", cross_attention_weights(pipe.unet)
@@ -338,6 +338,7 @@ def _open(
         if other or fingerprint(pipe) != model:
             overwrite(weights, now)
             raise ValueError(
-                f"{folder} holds a sequence of another {', '.join(other) or 'model'}: choose another directory"
+                f"{folder} holds a sequence of another {', '.join(other) or 'model'}: "
+                "choose another directory"
             )
     return Saved(folder / "base.safetensors")

@@ -1,20 +1,23 @@
 r"""Forgetting, solved: with the attention maps kept, the three losses are a linear system (ours).
 
-A head hears the text at a place p of the picture as z_p = sum_t a_pt e_t: the token vectors e_t (D numbers),
-averaged with its attention a. It says V z_p. As long as only the values V learn, the three losses are sums of
-squares of one unknown,
+A cross-attention layer writes, at a place p of the picture, ``o_p = O f_p + b``. Here f_p is what its heads
+say (C numbers): ``V_h z_p`` of each head, and z_p is the text as that head hears it, the token vectors
+averaged with its attention. As long as only the output matrix O learns, the three losses are sums of squares
+of one unknown,
 
-.. math:: \lambda_U E|V z - V_0 z^*|^2 + \lambda_{pr} E|V z - V_0 z|^2 + \lambda_R |V - V_0|^2
+.. math:: \lambda_U E|O f - O_0 f^*|^2 + \lambda_{pr} E|O f - O_0 f|^2 + \lambda_R |O - O_0|^2
 
-over places of pictures of what goes (z* is what the head would hear if it were asked for something else) and of
-what stays. The minimum is one D x D solve per head::
+over places of pictures of what goes (f* is what the heads would say if they were asked for something else)
+and of what stays. The minimum is one C x C solve per layer::
 
-    V = V0 (X + r) (S + r)^-1,   S = sum z z^T,   X = sum z* z^T,   z* = z for what stays
+    O = O0 (X + r) (S + r)^-1,   S = mean f f^T,   X = mean f* f^T,   f* = f for what stays
 
-There is no gradient, no learning rate and no second model, and what the denoiser has to do is to draw. The sums
-of several requests add up, so that their order cannot matter.
+There is no gradient, no learning rate and no second model, and all that the denoiser has to do is to draw.
+The means of several requests add up, so that their order cannot matter. The layer is linear in its values V
+as well, with z in the place of f, a D x D solve per head: ``solve="values"``. That forgets too, but a learned
+word finds its way around it; every word has to pass through O.
 
-The hidden states behind z are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
+The hidden states behind f are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
 prompt. What is to stay and what may go later are the same pictures; a request only changes what is wanted of
 some of them.
 """
@@ -41,6 +44,8 @@ from torch import Tensor
 from .attention import cross_attention_layers
 from .concepts import Concept, ModelCard, wishes
 from .config import UnlearnConfig
+from .errors import DivergedError
+from .losses import attention_target
 from .models import Pictures, draw_pictures, encode_prompts, swapped
 from .processes import from_main, gathered, share
 
@@ -64,7 +69,7 @@ def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Paramet
 
 
 def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
-    """Where each head of a layer looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
+    """Where each head looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
 
     The layer's own Q and K, as in diffusers' plain processor.
     """
@@ -73,10 +78,24 @@ def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
     return ((query.float() * attn.scale) @ key.float().transpose(-1, -2)).softmax(dim=-1)
 
 
-def spoken(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
-    """What each head says, V z: (P, heads, R, C / heads)."""
-    heard = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
-    return heard @ attn.to_v.weight.float().unflatten(0, (attn.heads, -1)).mT
+def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
+    """What the solved matrix reads at ``hidden`` (P, R, C) of ``text`` (P, T, D).
+
+    For the output matrix what the heads say, (P, 1, R, C); for the values the text as each head hears it,
+    (P, heads, R, D).
+    """
+    z = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
+    if solve == "values":
+        return z
+    said = z @ attn.to_v.weight.float().unflatten(0, (attn.heads, -1)).mT  # (P, heads, R, C / heads)
+    return said.transpose(1, 2).flatten(2)[:, None]
+
+
+def solved_matrix(attn: Attention, solve: str) -> Tensor:
+    """The matrix that is solved for: (heads, C / heads, D) of the values, (1, C, C) of the output."""
+    if solve == "values":
+        return attn.to_v.weight.unflatten(0, (attn.heads, -1))
+    return attn.to_out[0].weight[None]
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -84,49 +103,36 @@ def _exact(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def _sum(left: Tensor, between: Tensor, right: Tensor) -> Tensor:
-    """Mean over prompts of left^T between right: (P, T, D), (P, heads, T, T), (P, T, D) -> (heads, D, D)."""
-    inner = between @ right[:, None]  # (P, heads, T, D)
-    return torch.einsum("ptd,phte->hde", left, inner) / max(1, len(left))
-
-
 class Sums:
-    """What one layer's heads heard of some prompts: mean z z^T, z* z^T and z* z*^T, (heads, D, D) each."""
+    """Means over places and prompts, (heads, F, F): ``heard`` f f^T, ``wanted`` f* f^T, ``size`` f* f*^T."""
 
-    def __init__(
-        self, attn: Attention, hidden: Tensor, text: Tensor, instead: Tensor | None = None, eta: float = 0.0
-    ) -> None:
-        """``hidden`` (P, R, C) of the pictures, ``text`` (P, T, D) of their prompts; ``instead`` (P, T, D) is
-        what is wanted, eta past it; None for what is to stay."""
-        a, e = _exact(attention_maps(attn, hidden, text)), _exact(text.to(hidden.device))
-        places = hidden.shape[1]
-        self.heard = _sum(e, a.mT @ a / places, e)
-        self.wanted = self.size = self.heard
+    def __init__(self, said: Tensor, instead: Tensor | None = None) -> None:
+        """``said`` (P, heads, R, F) is f; ``instead`` (P, heads, R, F) is f*, None for what is to stay."""
+        f = _exact(said).transpose(0, 1).flatten(1, 2)  # (heads, P * R, F)
+        self.heard = self.wanted = self.size = f.mT @ f / f.shape[1]
         if instead is not None:
-            b, f = _exact(attention_maps(attn, hidden, instead)), _exact(instead.to(hidden.device))
-            cross = _sum(f, b.mT @ a / places, e)  # of what would be heard with what is heard
-            far = _sum(f, b.mT @ b / places, f)
-            self.wanted = (1 + eta) * cross - eta * self.heard
-            self.size = (1 + eta) ** 2 * far - eta * (1 + eta) * (cross + cross.mT) + eta**2 * self.heard
+            g = _exact(instead).transpose(0, 1).flatten(1, 2)
+            self.wanted, self.size = g.mT @ f / f.shape[1], g.mT @ g / f.shape[1]
 
-    def loss(self, values: Tensor, reference: Tensor) -> float:
-        """Mean |V z - V0 z*|^2 over places and channels; both (heads, C / heads, D)."""
-        own = torch.einsum("hcd,hde,hce->", values, self.heard, values)
-        both = torch.einsum("hcd,hde,hce->", reference, self.wanted, values)
+    def loss(self, matrix: Tensor, reference: Tensor) -> float:
+        """Mean |W f - W0 f*|^2 over places and channels; both (heads, channels, F)."""
+        own = torch.einsum("hcd,hde,hce->", matrix, self.heard, matrix)
+        both = torch.einsum("hcd,hde,hce->", reference, self.wanted, matrix)
         wanted = torch.einsum("hcd,hde,hce->", reference, self.size, reference)
-        return max(0.0, float(own - 2 * both + wanted)) / values.shape[:2].numel()
+        return max(0.0, float(own - 2 * both + wanted)) / matrix.shape[:2].numel()
 
 
-def solve_head(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
-    """V = V0 (X + r I) (S + r I)^-1: ``reference`` (heads, d, D), ``heard`` S and ``wanted`` X (heads, D, D).
+def solve_matrix(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
+    """W = W0 (X + r I) (S + r I)^-1; S ``heard``, X ``wanted``: (heads, F, F); W0: (heads, channels, F).
 
     Where S has no inverse (no ridge, little heard) the least change that fits is taken.
     """
     eye = torch.eye(heard.shape[-1], dtype=heard.dtype, device=heard.device)
-    left, right = heard + ridge * eye, reference @ (wanted + ridge * eye)
-    change = right - reference @ left  # of V, times S
+    left = heard + ridge * eye
+    change = reference @ (wanted - heard)  # of W, times S + r
     solved, info = torch.linalg.solve_ex(left, change, left=False)
-    if info.any() or not torch.isfinite(solved).all():
+    # without a ridge the elimination can pass over a pivot that is rounding alone
+    if info.any() or not torch.as_tensor(ridge).all():
         solved = change @ torch.linalg.pinv(left, hermitian=True)
     return reference + solved
 
@@ -137,8 +143,8 @@ class PictureBook:
     Attributes:
         card: of the model.
         memory: prompts of what is to stay, until it goes.
-        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places`` places
-            at each of ``steps`` moments, of both halves of guidance.
+        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places``
+            places at each of ``steps`` moments, of both halves of guidance.
         reference: the cross-attention weights of the base model, by name, in main memory.
     """
 
@@ -162,7 +168,7 @@ class PictureBook:
         self.base = fingerprint(pipe)
         self.gone_at: dict[str, tuple[Concept, ...]] = {self.base: ()}
         self.seen: dict[str, dict[str, Tensor]] = {}
-        self._rankings: dict[str, pd.Series] = {}
+        self._rankings: dict[Concept, pd.Series] = {}
         self._latents: dict[str, Tensor] = {}
 
     @classmethod
@@ -174,7 +180,7 @@ class PictureBook:
         memory: Sequence[str] | None = None,
         directory: Path | None = None,
     ) -> PictureBook:
-        """The book of ``pipe``: the one there is, as long as the weights are ones that it knows; else a new one.
+        """The book of ``pipe``: the one there is, while the weights are ones that it knows; else a new one.
 
         A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
         """
@@ -182,7 +188,7 @@ class PictureBook:
         with old.at_base(pipe) if old else nullcontext():
             new = cls(pipe, card, config, memory)
         if old is not None:
-            if old._settings() == new._settings():
+            if old._settings() == new._settings() and old.card == card:
                 return old
             new.gone_at = old.gone_at
         if directory is not None:
@@ -197,7 +203,8 @@ class PictureBook:
         return book if book is not None and fingerprint(pipe) in book.gone_at else None
 
     def _settings(self) -> tuple:
-        return (self.card.name, self.memory, self.steps, self.places, self.seed)
+        about_card = (self.card.name, self.card.guidance_scale)
+        return (about_card, self.memory, self.steps, self.places, self.seed)
 
     def gone(self, pipe: DiffusionPipeline) -> tuple[Concept, ...]:
         """What the pipeline has forgotten by now, by the weights that it has."""
@@ -258,7 +265,8 @@ class PictureBook:
         finally:
             for hook in hooks:
                 hook.remove()
-        drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
+        with torch.autocast("cpu", enabled=False):  # a caller's, in another kind of 16 bits
+            drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
         return [(p, {n: x[i].clone() for n, x in drawn.items()}) for i, p in enumerate(prompts)]
 
     def _rows(self, layer: str, prompts: Sequence[str]) -> Tensor:
@@ -270,26 +278,26 @@ class PictureBook:
     def ranking(self, pipe: DiffusionPipeline, concept: Concept) -> pd.Series:
         """How far each of the card's concepts is from ``concept``: the nearest first.
 
-        The squared distance of what the heads say at the concept's pictures when they are asked for the one in
-        place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv 2512.02657,
-        which compares predictions of noise).
+        The squared distance of what the heads say at the concept's pictures when they are asked for the one
+        in place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv
+        2512.02657, which compares predictions of noise).
         """
-        if concept.name in self._rankings:
-            return self._rankings[concept.name]
+        if concept in self._rankings:
+            return self._rankings[concept]
         self.draw(pipe, concept.prompts)
         device, others = pipe.unet.device, [c for c in self.card.concepts if c != concept.name]
         own = encode_prompts(pipe, concept.prompts).to(device)
-        texts = {o: encode_prompts(pipe, self.card.prompts(o)).to(device) for o in others}
+        texts = {o: encode_prompts(pipe, _matched(self.card.prompts(o), concept)).to(device) for o in others}
         far = dict.fromkeys(others, 0.0)
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(device.type, enabled=False):
             for name, attn in self.layers.items():
                 hidden = self._rows(name, concept.prompts)
-                said = spoken(attn, hidden, own)
+                said = heard(attn, hidden, own, "output")
                 for other, text in texts.items():
-                    off = spoken(attn, hidden, text) - said
+                    off = heard(attn, hidden, text, "output") - said
                     far[other] += float(off.square().sum() / said.square().sum()) / len(self.layers)
-        self._rankings[concept.name] = pd.Series(far, dtype=float).sort_values(kind="stable")
-        return self._rankings[concept.name]
+        self._rankings[concept] = pd.Series(far, dtype=float).sort_values(kind="stable")
+        return self._rankings[concept]
 
     def wishes(
         self, pipe: DiffusionPipeline, gone: Sequence[Concept], config: UnlearnConfig
@@ -304,13 +312,20 @@ class PictureBook:
             if concept.instead:
                 return concept.instead
             if config.instead == "nameless":
-                return self.card.nameless(concept.name)
-            if config.instead != "nearest":
-                return self.card.prompts(config.instead)
-            kept = [c for c in self.ranking(pipe, concept).index if c not in names]
-            if not kept:
-                raise ValueError('every concept is to go: say what is asked instead, or instead="nameless"')
-            return self.card.prompts(kept[0])
+                others = self.card.nameless(concept.name)
+            elif config.instead != "nearest":
+                other = self.card.concept(config.instead)
+                if other.style:
+                    raise ValueError(f"instead = {other.name!r} is a style: expected an object")
+                others = other.prompts
+            else:
+                kept = [c for c in self.ranking(pipe, concept).index if c not in names]
+                if not kept:
+                    raise ValueError(
+                        'every concept is to go: say what is asked instead, or instead="nameless"'
+                    )
+                others = self.card.prompts(kept[0])
+            return _matched(others, concept)
 
         ends = wishes(gone, choose)
         keep = [p for p in self.memory if p not in ends and not any(c.named_in(p) for c in gone)]
@@ -327,7 +342,7 @@ class PictureBook:
         A function of what is ``gone``, not of its order. Every prompt counts the same: the loss of what goes
         is weighed with its share of the prompts, that of what stays with its own. The table has a row per
         layer: attention, prior and regularization, before and after, and ``change``, the norm of the change
-        as a share of the norm of the values' weights.
+        as a share of the matrix's own.
         """
         ends, keep = self.wishes(pipe, gone, config) if gone else ({}, list(self.memory))
         self.draw(pipe, [*ends, *keep])
@@ -339,29 +354,25 @@ class PictureBook:
             for part in (list(ends), list(ends.values()), keep)
         )
         weights, rows = dict(self.reference), []
-        with self.at_base(pipe):
+        matrix = "to_v" if config.solve == "values" else "to_out.0"
+        with self.at_base(pipe), torch.autocast(pipe.unet.device.type, enabled=False):
             for name, attn in self.layers.items():
-                values = _exact(attn.to_v.weight).unflatten(0, (attn.heads, -1))  # (heads, d, D)
-                kept = Sums(attn, self._rows(name, keep), stay)
-                heard = wanted = lambda_prior * kept.heard
-                losses = {"attention before": 0.0, "attention after": 0.0}
+                old = _exact(solved_matrix(attn, config.solve))
+                kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
+                read = wanted = lambda_prior * kept.heard
+                went = None
                 if ends:
-                    went = Sums(attn, self._rows(name, list(ends)), asked, instead, config.eta)
-                    heard = heard + lambda_attention * went.heard
+                    hidden = self._rows(name, list(ends))
+                    own, other = (heard(attn, hidden, text, config.solve) for text in (asked, instead))
+                    went = Sums(own, attention_target(own, other, "negative", config.eta))
+                    read = read + lambda_attention * went.heard
                     wanted = wanted + lambda_attention * went.wanted
-                size = heard.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what a head hears
-                new = solve_head(values, heard, wanted, ridge * size)
-                weights[f"{name}.to_v.weight"] = new.flatten(0, 1)
-                if ends:
-                    losses = {
-                        f"attention {when}": went.loss(v, values)
-                        for when, v in (("before", values), ("after", new))
-                    }
-                losses |= {"prior before": 0.0, "prior after": kept.loss(new, values)}
-                losses |= {"regularization before": 0.0}
-                losses |= {"regularization after": float((new - values).square().mean())}
-                change = float((new - values).norm() / values.norm())
-                rows.append({"layer": name} | losses | {"change": change})
+                if not torch.isfinite(read + wanted).all():
+                    raise DivergedError(f"what {name} hears is not finite; the weights are as they were")
+                size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
+                new = solve_matrix(old, read, wanted, ridge * size)
+                weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1)
+                rows.append({"layer": name} | _losses(old, new, kept, went))
         return weights, pd.DataFrame(rows).set_index("layer")
 
     def write(self, directory: Path) -> None:
@@ -375,8 +386,17 @@ class PictureBook:
             return
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i} {n}": x for i, p in enumerate(self.seen) for n, x in self.seen[p].items()}
-        save_file(tensors, path.with_suffix(".part"), metadata=about)
-        os.replace(path.with_suffix(".part"), path)
+        draft = path.with_suffix(".part")
+        try:
+            save_file(tensors, draft, metadata=about)
+            os.replace(draft, path)
+        except (
+            SafetensorError,
+            OSError,
+        ) as error:  # a full disk: safetensors has its own kind of error for it
+            draft.unlink(missing_ok=True)
+            size = sum(x.nbytes for x in tensors.values()) / 1e6
+            raise OSError(f"could not write {path} ({error}): it needs {size:.1f} MB of free disk") from error
 
     def _read(self, directory: Path) -> None:
         """Takes what is on disk, if it was drawn by this model with these settings; else it is drawn anew."""
@@ -387,6 +407,19 @@ class PictureBook:
         with safe_open(path, "pt") as file:
             for i, prompt in enumerate(json.loads(about["prompts"])):
                 self.seen[prompt] = {name: file.get_tensor(f"{i} {name}") for name in self.layers}
+
+
+def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str, float]:
+    pairs = {"before": old, "after": new}
+    row = {f"attention {when}": went.loss(w, old) if went else 0.0 for when, w in pairs.items()}
+    row |= {f"prior {when}": kept.loss(w, old) for when, w in pairs.items()}
+    row |= {f"regularization {when}": float((w - old).square().mean()) for when, w in pairs.items()}
+    return row | {"change": float((new - old).norm() / old.norm())}
+
+
+def _matched(others: Sequence[str], concept: Concept) -> Sequence[str]:
+    """One for each prompt of ``concept``; the plain one for all, where its prompts are its own."""
+    return others if len(others) == len(concept.prompts) else [others[0]] * len(concept.prompts)
 
 
 def _about(path: Path) -> Mapping[str, str] | None:

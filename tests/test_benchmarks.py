@@ -71,7 +71,7 @@ def test_the_table_of_a_narrow_model(gpu, tmp_path, capsys):
         assert float(took) * float(rate) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stable_diffusion_fits_by_estimate(gpu):
     """The goals for an iteration at 512 px with 2 + 2 pictures: 12 GB, and 8 GB with low_memory."""
     usual, low = (gpu.estimated(way, tiny=False).peak * gpu.GIB for way in ("DUGE", "DUGE, low_memory"))

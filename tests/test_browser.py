@@ -295,6 +295,19 @@ app""",
 ]
 
 
+ERODE = [
+    """import duge_lite as duge
+from duge_lite import widgets
+pipe = duge.load_pipeline("tiny")
+config = duge.UnlearnConfig(num_inference_steps=2, places=4, memory_size=4, instead="star")
+sequence = duge.unlearn_sequence(pipe, ["apple", "car"], config, progress=False)
+matrix = sequence.matrix(["apple", "car", "orange", "neon"], images=1, num_inference_steps=1)
+app = widgets.erosion_timeline(sequence, matrix, ["apple", "orange", "car", "star"])
+app""",
+    """app.timeline = None  # from here on, drawing fails""",
+]
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, tiny_master):
     """The address of a real JupyterLab on a folder with three notebooks and a tiny model."""

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import with_own_unet
+from duge_lite.lessons import Pictures, memory_prompts
 from safetensors.torch import load_file
 
 import duge_lite as duge
 from duge_lite import lessons, unlearning
 from duge_lite.errors import UnknownConceptError
 from duge_lite.evaluation import sequence_metrics
-from duge_lite.lessons import Pictures, memory_prompts
 from duge_lite.sequence import sequence_steps, unlearn_sequence
 from duge_lite.unlearning import UnlearnConfig, plain_parameters
 
@@ -106,6 +106,7 @@ def memories(monkeypatch):
     return used
 
 
+@pytest.mark.slow
 def test_the_memory_is_of_constant_size_and_never_shows_what_went(tiny_pipe, drawn, memories):
     forget(tiny_pipe, config=dataclasses.replace(TINY, memory_size=60))
     assert [len(m) for m in memories] == [60, 60, 60]
@@ -121,6 +122,7 @@ def test_the_memory_is_of_constant_size_and_never_shows_what_went(tiny_pipe, dra
     ]
 
 
+@pytest.mark.slow
 def test_what_stays_in_the_memory_is_drawn_once(tiny_pipe, drawn, memories):
     forget(tiny_pipe, config=dataclasses.replace(TINY, memory_size=60))
     counts = [len(prompts) for prompts, _ in drawn["memory"]]
@@ -133,6 +135,7 @@ def test_what_stays_in_the_memory_is_drawn_once(tiny_pipe, drawn, memories):
 MERGE = dataclasses.replace(TINY, merge=True, revisit=0.0)
 
 
+@pytest.mark.slow
 def test_changes_learned_alone_add_up(tiny_pipe, drawn, tmp_path):
     sequence = forget(tiny_pipe, ("apple", "car"), MERGE, directory=tmp_path)
     both, first, base = sequence.weights(2), sequence.weights(1), sequence.base
@@ -182,6 +185,7 @@ def test_no_prompt_of_what_goes_names_something_else_that_went(tiny_pipe, drawn)
     assert not any("neon" in text for text in apples)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_by_the_model_whose_answers_count(tiny_pipe, drawn):
     base = weights(tiny_pipe)
     forget(tiny_pipe, ("apple", "car")).pipeline(at=0)
@@ -306,7 +310,8 @@ def test_a_full_disk_takes_back_the_request(tiny_pipe, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_twenty_random_moments(tiny_master, tmp_path):
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.nightly)])
+def test_killed_at_random_moments(tiny_master, tmp_path, times):
     """kill -9, again and again: the weights are in the end those of a sequence that nobody disturbed."""
 
     def work(folder) -> multiprocessing.Process:
@@ -322,7 +327,7 @@ def test_killed_at_twenty_random_moments(tiny_master, tmp_path):
     undisturbed.join()
     seconds, moments = time.perf_counter() - started, random.Random(0)
     assert undisturbed.exitcode == 0
-    for _ in range(20):
+    for _ in range(times):
         process = work(tmp_path / "b")
         process.join(moments.uniform(0, 0.5 * seconds))
         process.kill()

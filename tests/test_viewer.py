@@ -73,6 +73,7 @@ def test_size_of_a_doodle_trace(tokenizer):
     assert len(data["views"][0]["steps"]) == 25 and data["notes"] == [], "nothing was left out"
 
 
+@pytest.mark.slow
 def test_size_of_a_stable_diffusion_trace_and_what_was_left_out(tokenizer):
     layers = {f"down_blocks.{i}.attentions.{j}": 64 >> i for i in range(3) for j in range(2)}
     layers |= {"mid_block.attentions.0": 8}

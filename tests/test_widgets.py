@@ -129,9 +129,9 @@ def test_a_slider_solves_again_from_the_base(studio, tiny_pipe, monkeypatch):
     first = weights(tiny_pipe)
     studio.sliders["lambda_prior"].value = 0.0
     studio.sliders["eta"].value = 0.5
-    assert [(c.lambda_prior, c.eta) for c in configs] == [(1.0, 0.0), (0.0, 0.0), (0.0, 0.5)]
+    assert [(c.lambda_prior, c.eta) for c in configs] == [(1.0, 1.0), (0.0, 1.0), (0.0, 0.5)]
     assert not equal(first, weights(tiny_pipe))
-    studio.sliders["eta"].value = 0.0
+    studio.sliders["eta"].value = 1.0
     studio.sliders["lambda_prior"].value = 1.0
     assert equal(first, weights(tiny_pipe)), "no trace is left of what was tried on the way"
     studio.concept.value = "apple"
