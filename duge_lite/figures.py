@@ -83,7 +83,7 @@ def _plot(
 
 def _said(figure: Plot, title: str, parts: Iterable[str], between: str = "; ") -> Plot:
     """The figure, with its alternative text."""
-    figure.alt = f"{title.rstrip('.')}: " + between.join(parts)
+    figure.alt = f"{title.rstrip('.?!')}: " + between.join(parts)
     return figure
 
 
@@ -112,13 +112,13 @@ def _log(axis) -> None:
     axis.set_minor_formatter("")
 
 
-def _moves(axes: Axes, names: Iterable[str], before, after) -> None:
+def _moves(axes: Axes, names: Iterable[str], before, after, colors=(KEPT, LOST)) -> None:
     """A row per name: a circle before, a triangle after that points the way it went."""
     at, before, after = (np.asarray(x, dtype=float) for x in (range(len(before)), before, after))
     more = ~(after < before)
     axes.hlines(at, before, after, color=ACCENT, linewidth=2, alpha=0.5)
     axes.plot(before, at, "o", mfc="white", mec=ACCENT, ms=7)
-    for which, marker, color in ((more, ">", KEPT), (~more, "<", LOST)):
+    for which, marker, color in ((more, ">", colors[0]), (~more, "<", colors[1])):
         axes.plot(after[which], at[which], marker, color=color, ms=8)
     axes.set_yticks(at, names, fontsize=9)
     axes.set_ylim(len(at) - 0.5, -0.5)
@@ -476,7 +476,7 @@ def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer
     for one, (name, label) in zip(axes[0], names.items(), strict=True):
         ends = (history[f"{name} {when}"].where(lambda v: v > 0) for when in ("before", "after"))
         _log(one.xaxis)
-        _moves(one, map(layer_label, history.index), *ends)
+        _moves(one, map(layer_label, history.index), *ends, colors=(KEPT, KEPT))
         _tidy(one, f"{name} loss\n({label})")
         one.tick_params(labelleft=one is axes[0, 0])
     means = history.mean()
