@@ -289,7 +289,10 @@ class Pictures:
 
 
 def draw_pictures(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int, card: ModelCard | None = None
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seed: int | Sequence[int],
+    card: ModelCard | None = None,
 ) -> Pictures:
     """Lets the pipeline draw ``prompts``: what a model knows, in its own hand."""
     card = card or model_card(pipe)
