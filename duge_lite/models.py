@@ -238,16 +238,19 @@ def sample(
         raise ValueError(
             f"{len(texts)} prompts and {len(seeds)} seeds: expected one seed each, or one number"
         )
+    more: dict[str, object] = {}
     out, mine = [], share(list(zip(texts, seeds, strict=True)))
     for start in range(0, len(mine), batch_size):
         part, own = zip(*mine[start : start + batch_size], strict=True)
+        if isinstance(unwanted := options.get("negative_prompt"), str):
+            more["negative_prompt"] = [unwanted] * len(part)  # diffusers wants as many
         result = pipe(
             list(part),
             num_inference_steps=int(steps),
             guidance_scale=float(scale),
             generator=[torch.Generator("cpu").manual_seed(int(s)) for s in own],
             output_type=output_type,
-            **options,
+            **(options | more),
         ).images
         out += [result.cpu()] if output_type == "latent" else result
     out = gathered(out)
