@@ -8,6 +8,7 @@ unless the caller asks for it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -102,6 +103,8 @@ def uce(
     UnknownConceptError for unknown names.
     """
     started = time.perf_counter()
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge = {ridge}: expected 0 or more")
     card = card or model_card(pipe)
     goes = card.concept(concept)
     names = [c for c in card.forgettable if c != goes.name] if preserve is None else list(preserve)
