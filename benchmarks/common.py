@@ -1,8 +1,8 @@
 """What the benchmarks share: the methods, a folder of cells that can be gone on with, what a judge counts.
 
 A cell is drawn once: its pictures lie in ``results/*.work`` (not in git). Numbers are read from them, so that
-another judge needs no new drawing. Judged pictures are drawn in ten steps of DPM-Solver++ under bfloat16 autocast
-(two thirds of the time on a processor that has it); forgetting runs as it does by default.
+another judge needs no new drawing. Judged pictures are drawn in ten steps of DPM-Solver++ under bfloat16
+autocast (two thirds of the time on a processor that has it); forgetting runs as it does by default.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Method:
     def slow(self) -> bool:
         return self.config is not None and self.config.solver == "gradient"
 
-    def forget(self, pipe, concepts: str | Sequence[str], seed: int, gone: Sequence[str] = ()) -> UnlearningRun:
+    def forget(
+        self, pipe, concepts: str | Sequence[str], seed: int, gone: Sequence[str] = ()
+    ) -> UnlearningRun:
         """``gone``: what went before. UCE solves for one concept or several at once, as it is published."""
         if self.uce is None:
             config = replace(self.config, seed=seed)

@@ -7,12 +7,12 @@
     python benchmarks/single.py --sweep          # the exact solver's settings: quality against seconds
     python benchmarks/single.py --table          # only tables and figures, from what is there
 
-Shares of what is kept are relative to the base model on the same seeds; "gone" is 1 - accuracy. Indirect: other
-phrasings and synonyms that forgetting never saw; beside another: the concept next to an object that stays. KID:
-of other objects' photos against the base's of other seeds, minus the base's own, in units of 1e-3. Inversion: 60
-steps for one word on 30 drawn apples, the share of 20 pictures that show one, mean of 2 starts. ERR: harmonic mean
-of gone, others, related, indirect and 1 - inversion, where all of them were measured (apple, seed 0). A unit of
-time is what drawing 100 pictures in 10 steps takes in the same run.
+Shares of what is kept are relative to the base model on the same seeds; "gone" is 1 - accuracy. Indirect:
+other phrasings and synonyms that forgetting never saw; beside another: the concept next to an object that
+stays. KID: of other objects' photos against the base's of other seeds, minus the base's own, in units of
+1e-3. Inversion: 60 steps for one word on 30 drawn apples, the share of 20 pictures that show one, mean of 2
+starts. ERR: harmonic mean of gone, others, related, indirect and 1 - inversion, where all of them were
+measured (apple, seed 0). A unit of time is what drawing 100 pictures in 10 steps takes in the same run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 from common import (
     BASE,
-    OURS,
     ORACLE,
     RESULTS,
     STEPS,
@@ -57,15 +57,23 @@ def asks(card, target: str) -> pd.DataFrame:
     photo, *styles = card.styles
     others = [c for c in card.concepts if c != target]
     rows = [("gone", card.prompt(target), 10_000 + i, target, photo) for i in range(10)]
-    rows += [("gone, styled", card.prompt(target, s), 11_000 + i, target, s) for s in styles for i in range(2)]
+    rows += [
+        ("gone, styled", card.prompt(target, s), 11_000 + i, target, s) for s in styles for i in range(2)
+    ]
     texts = [t for group in card.paraphrases(target).values() for t in group]
     texts = [texts[i * len(texts) // 10] for i in range(10)]
     rows += [("indirect", text, 12_000 + i, target, photo) for i, text in enumerate(texts)]
-    rows += [("beside another", card.prompt((target, others[2 * i])), 13_000 + i, target, photo) for i in range(8)]
+    rows += [
+        ("beside another", card.prompt((target, others[2 * i])), 13_000 + i, target, photo) for i in range(8)
+    ]
     rows += [("others", card.prompt(c), 14_000 + i, c, photo) for c in others for i in range(2)]
     related = card.related.get(target, ())
-    rows += [("related", card.prompt(c), 15_000 + i, c, photo) for c in related for i in range(8 // len(related))]
-    rows += [("styles", card.prompt(c, styles[i % 4]), 16_000 + i, c, styles[i % 4]) for i, c in enumerate(others)]
+    rows += [
+        ("related", card.prompt(c), 15_000 + i, c, photo) for c in related for i in range(8 // len(related))
+    ]
+    rows += [
+        ("styles", card.prompt(c, styles[i % 4]), 16_000 + i, c, styles[i % 4]) for i, c in enumerate(others)
+    ]
     return pd.DataFrame(rows, columns=["group", "prompt", "seed", "object", "style"])
 
 
@@ -111,7 +119,7 @@ class Reader:
         self.card, self.known = duge.model_card(duge.load_pipeline()), {}
 
     def right(self, rows: pd.DataFrame, pictures: np.ndarray) -> pd.Series:
-        """Whether each picture shows what it was asked for: an object, or beside another anyhow, or a style."""
+        """Whether each picture shows what was asked for: the object, beside another too, or the style."""
         shown = images(pictures[: len(rows)])
         objects, styles = (self.judge.names(shown, k) for k in (self.card.concepts, self.card.styles))
         right = (rows["object"] == objects).where(rows.group != "styles", rows["style"] == styles)
@@ -140,13 +148,14 @@ class Reader:
         return counts | shares | {"KID over base": 1000 * (far[0] - far[1])}
 
 
-# ---------------------------------------------------------------------------- a learned word, and time
+# ---------------------------------------------------------------------------- a learned word; time
 
 
-def inversion(cells: Cells, rows: dict[str, Method], starts: int = 2) -> None:
+def inversion(cells: Cells, rows: dict[str, Method], starts: int) -> None:
     base = duge.load_pipeline()
     card, grounds = duge.model_card(base), list(BACKGROUNDS)
-    drawn = [duge.doodles.draw("apple", card.styles[i % 5], grounds[i % 6], 10_000 + i) for i in range(30)]
+    places = [(card.styles[i % 5], grounds[i % 6], 10_000 + i) for i in range(30)]
+    drawn = [duge.doodles.draw("apple", *place) for place in places]
     apples = attacks.encode_pictures(base, drawn, [card.prompts("apple")[i % 5] for i in range(30)])
     for start in range(starts):
         for name, method in rows.items():
@@ -167,7 +176,7 @@ def inversion(cells: Cells, rows: dict[str, Method], starts: int = 2) -> None:
 
 
 def timing(cells: Cells, rows: dict[str, Method], rounds: int) -> None:
-    """A fresh pipeline, a first request and a further one; all methods in turns, after drawing 100 pictures."""
+    """A fresh pipeline, a first request and a further one; all methods in turns, and 100 pictures."""
     for turn in range(rounds):
         for name, method in {"drawing 100 pictures": None, **rows}.items():
             key = ("timing", name, turn)
@@ -176,10 +185,11 @@ def timing(cells: Cells, rows: dict[str, Method], rounds: int) -> None:
             pipe = duge.load_pipeline()
             if method is None:
                 prompts = [duge.model_card(pipe).prompt("apple")] * 100
-                cells.add(key, {"first": cpu(lambda: duge.sample(pipe, prompts, 0, STEPS))})
+                cells.add(key, {"first": cpu(partial(duge.sample, pipe, prompts, 0, STEPS))})
                 continue
-            pair = [cpu(lambda: method.forget(pipe, c, 0)) for c in TARGETS[:1 if method.slow and turn else 2]]
-            cells.add(key, dict(zip(("first", "further"), pair)))
+            requests = TARGETS[:1] if method.slow and turn else TARGETS[:2]
+            pair = [cpu(partial(method.forget, pipe, c, 0)) for c in requests]
+            cells.add(key, dict(zip(("first", "further"), pair, strict=False)))
             print(f"{key}: {pair}", flush=True)
 
 
@@ -207,7 +217,7 @@ def sweep(cells: Cells) -> None:
             pipe, key = duge.load_pipeline(), (name, target, 0)
             if key in cells:
                 continue
-            took = cpu(lambda: method.forget(pipe, target, 0))
+            took = cpu(partial(method.forget, pipe, target, 0))
             cells.add(key, {"cpu": took}, look(pipe, target))
             print(f"sweep, {key}: {took:.1f} s", flush=True)
 
@@ -253,9 +263,13 @@ def summarise(cells: Cells) -> None:
     if not rows:
         return
     order = [n for n in methods() if n in rows]
-    table(pd.DataFrame({n: rows[n] for n in order}).T.rename_axis("row").infer_objects(), cells.path.with_suffix(".csv"))
+    table(
+        pd.DataFrame({n: rows[n] for n in order}).T.rename_axis("row").infer_objects(),
+        cells.path.with_suffix(".csv"),
+    )
     points = pd.DataFrame(
-        {n: [min(1.0, rows[n]["others"]), rows[n]["gone"]] for n in order if n != BASE}, index=["kept", "gone"]
+        {n: [min(1.0, rows[n]["others"]), rows[n]["gone"]] for n in order if n != BASE},
+        index=["kept", "gone"],
     ).T.astype(float)
     cells.path.with_suffix(".png").write_bytes(figures.trade_off(points).png())
 
@@ -272,16 +286,23 @@ def summarise_sweep(cells: Cells, base: Cells) -> None:
     frame = pd.DataFrame(rows).T.rename_axis("row").infer_objects()
     table(frame, cells.path.with_suffix(".csv"))
     points = frame[["cpu s", "quality"]].astype(float)
-    figure, axes = figures._plot(9, 4.2, title="The exact solver's settings: the worst of five shares, by seconds")
+    figure, axes = figures._plot(
+        9, 4.2, title="The exact solver's settings: the worst of five shares, by seconds"
+    )
     one = axes[0, 0]
-    marks = dict(zip(["default", *SWEEP], "*osD^v"))
+    marks = dict(zip(["default", *SWEEP], "*osD^v", strict=True))
     for setting, mark in marks.items():
         mine = points[[n.split()[0] == setting for n in points.index]]
         one.plot(mine["cpu s"], mine.quality, mark, ms=14 if mark == "*" else 7, label=setting, ls="")
         for name, (x, y) in mine.iterrows():
             one.annotate(name.split()[-1], (x, y), (5, 4), textcoords="offset points", fontsize=7)
     one.legend(fontsize=8, loc="lower right")
-    figures._tidy(one, "", "processor seconds of a first request, drawing included", "worst of gone, styled, others, related, styles")
+    figures._tidy(
+        one,
+        "",
+        "processor seconds of a first request, drawing included",
+        "worst of gone, styled, others, related, styles",
+    )
     cells.path.with_suffix(".png").write_bytes(figure.png())
 
 
@@ -291,6 +312,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--rounds", type=int, default=3, help="of the timing")
+    parser.add_argument("--starts", type=int, default=2, help="of the inversion")
     for part in ("timing", "inversion", "sweep", "table"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--no-table", action="store_true")
@@ -302,7 +324,7 @@ def main(words: list[str] | None = None) -> None:
     if args.timing or everything:
         timing(cells, rows, args.rounds)
     if args.inversion or everything:
-        inversion(cells, rows)
+        inversion(cells, rows, args.starts)
     if args.sweep or everything:
         run(cells, {}, list(TARGETS[:2]), [0])
         sweep(settings)

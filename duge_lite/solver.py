@@ -354,7 +354,7 @@ class PictureBook:
                     wanted = wanted + lambda_attention * went.wanted
                 size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
                 new = solve_matrix(old, read, wanted, ridge * size)
-                weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1)
+                weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1).cpu()  # 64 bits: not on the device
                 rows.append({"layer": name} | _losses(old, new, kept, went))
         return weights, pd.DataFrame(rows).set_index("layer")
 
