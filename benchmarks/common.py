@@ -132,10 +132,12 @@ class Cells:
         self.work.mkdir(exist_ok=True)
 
     def lines(self) -> dict[tuple, dict]:
-        """The cells of today's model, by key."""
-        text = self.path.read_text().splitlines() if self.path.exists() else []
-        lines = [json.loads(line) for line in text]
-        return {tuple(c["key"]): c for c in lines if c["model"] == model()}
+        """The cells of today's model, by key; what a judge said of one stands in a later line."""
+        text, cells = self.path.read_text().splitlines() if self.path.exists() else [], {}
+        for line in map(json.loads, text):
+            if line["model"] == model():
+                cells[tuple(line["key"])] = cells.get(tuple(line["key"]), {}) | line
+        return cells
 
     def __contains__(self, key: Sequence) -> bool:
         return tuple(key) in self.lines()
@@ -147,17 +149,16 @@ class Cells:
         """A finished cell; what is measured on its pictures comes later."""
         if pictures is not None:
             np.savez_compressed(self.file(key), pictures=pictures)
-        with self.path.open("a") as file:
+        with self.path.open("a") as file:  # a line at once: another process may append, too
             file.write(json.dumps({"key": list(key), "model": model(), **cost}) + "\n")
 
     def read(self, measure: Callable[[tuple, np.ndarray], dict]) -> list[dict]:
         """All cells with what ``measure`` says of their pictures; read anew when the judge is another one."""
-        cells = self.lines()
-        for key, cell in cells.items():
+        for key, cell in self.lines().items():
             if cell.get("judge") != judge_id() and self.file(key).exists():
-                cell |= measure(key, np.load(self.file(key))["pictures"]) | {"judge": judge_id()}
-        self.path.write_text("".join(json.dumps(c) + "\n" for c in cells.values()))
-        return [c for c in cells.values() if c.get("judge", judge_id()) == judge_id()]
+                pictures = np.load(self.file(key))["pictures"]
+                self.add(key, measure(key, pictures) | {"judge": judge_id()})
+        return [c for c in self.lines().values() if c.get("judge", judge_id()) == judge_id()]
 
 
 def interval(hits: float, count: int) -> str:

@@ -9,7 +9,7 @@ every style. What the exact solver leaves does not depend on the order: the larg
 between the weights of the four orders is in the table, and one order is judged. UCE solves for all requests
 at once, as it is published; "in turn" edits what the request before left. Gradient methods do one order, or
 as many as ``--orders`` says. Back door: how often the name of an object that went draws another one that
-went. KID: of what stays, minus the base's own, in units of 1e-3.
+went. KID: of what stays, minus the base's own.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ class Reader:
         found = {name: [int(hits.sum()), len(hits)] for name, hits in counts.items()}
         base = np.load(self.cells.file((ANY, BASE, 0)))["pictures"]
         own, others = base[: len(rows)], base[len(rows) :]
-        stays = (~asked & photo).to_numpy()
+        stays = np.flatnonzero(~asked & photo)  # photos stand first
         far = [kid(images(others[stays]), images(p[stays]), self.judge) for p in (mine, own)]
-        return found | {"KID over base": 1000 * (far[0] - far[1]), "KID base": 1000 * far[1]}
+        return found | {"KID over base": far[0] - far[1], "KID base": far[1]}
 
 
 def summarise(cells: Cells) -> None:

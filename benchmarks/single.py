@@ -145,7 +145,7 @@ class Reader:
         shares = {f"base {g}": int(own[rows.group == g].sum()) for g in GROUPS[4:]}
         other, again = (rows.group == "others").to_numpy(), base[len(rows) :]
         far = [kid(images(again), images(p[: len(rows)][other]), self.judge) for p in (pictures, base)]
-        return counts | shares | {"KID over base": 1000 * (far[0] - far[1])}
+        return counts | shares | {"KID over base": far[0] - far[1]}
 
 
 # ---------------------------------------------------------------------------- a learned word; time
