@@ -110,7 +110,7 @@ def model() -> str:
 
 
 def judge_id() -> str:
-    return digest("doodle-judge/model.safetensors")
+    return digest("doodle-judge/model.safetensors", "doodle-judge/config.json")
 
 
 def draw(pipe, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:

@@ -9,10 +9,10 @@
 
 Shares of what is kept are relative to the base model on the same seeds; "gone" is 1 - accuracy. Indirect:
 other phrasings and synonyms that forgetting never saw; beside another: the concept next to an object that
-stays. KID: of other objects' photos against the base's of other seeds, minus the base's own, in units of
-1e-3. Inversion: 60 steps for one word on 30 drawn apples, the share of 20 pictures that show one, mean of 2
-starts. ERR: harmonic mean of gone, others, related, indirect and 1 - inversion, where all of them were
-measured (apple, seed 0). A unit of time is what drawing 100 pictures in 10 steps takes in the same run.
+stays. KID: of other objects' photos against the base's of other seeds, minus the base's own. Inversion: 60
+steps for one word on 30 drawn apples, the share of 20 pictures that show one, mean of 2 starts. ERR:
+harmonic mean of gone, others, related, indirect and 1 - inversion, where all of them were measured (apple,
+seed 0). A unit of time is what drawing 100 pictures in 10 steps takes in the same run.
 """
 
 from __future__ import annotations

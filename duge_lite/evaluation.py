@@ -24,7 +24,8 @@ from .errors import ModelNotFoundError, UnknownConceptError
 from .models import ModelCard, data_dir, model_card, sample, trouble
 
 OTHER = "something else"
-"""What a judge with an open choice says of a picture that shows none of what was asked for."""
+"""What a judge says of a picture that shows none of what was asked for: one with an open choice, or one that
+was calibrated and reaches its threshold for none of it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Judge:
     """An image classifier that names what is in a picture.
 
     The doodle judge is multi-label (objects, styles, backgrounds); it stands in for the ResNet-50
-    of the paper's evaluation.
+    of the paper's evaluation. It was taught what is *none* as well: below the threshold that its config.json
+    holds (``calibration``) it sees nothing, and says "something else".
 
     Attributes:
         words: for each concept the labels that mean it; None where every label is a concept.
@@ -72,6 +74,18 @@ class Judge:
     def labels(self) -> list[str]:
         return [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
+    @property
+    def threshold(self) -> float | None:
+        """The logit above which it sees what a label says, from its config's calibration; None without one.
+
+        There, ``threshold`` is a probability: sigmoid(logit / temperature).
+        """
+        told = getattr(self.model.config, "calibration", None)
+        if told is None:
+            return None
+        p = told["threshold"]
+        return float(told["temperature"] * np.log(p / (1 - p)))
+
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """The pictures as the judge wants them, (N, 3, H, W), on its device."""
         return self.processor(list(images), return_tensors="pt").pixel_values.to(self.model.device)
@@ -104,21 +118,29 @@ class Judge:
     def names(self, images: Sequence[Image.Image], among: Sequence[str]) -> list[str]:
         """The likeliest of the concepts ``among`` for each image.
 
-        "something else" where the likeliest label belongs to none of them, which only an open choice allows.
+        "something else" where even the likeliest does not reach the judge's threshold, or where the likeliest
+        label belongs to none of them, which only an open choice allows. A judge that was never calibrated has
+        no threshold: it has to choose.
         Raises UnknownConceptError for a concept that it has no label for.
         """
         owner = {label: c for c in among for label in self._labels_of(c)}
         scores = self.scores(images, self.labels if self.open_choice else list(owner))
-        return [owner.get(label, OTHER) for label in scores.idxmax(axis=1)]
+        best = scores.idxmax(axis=1)
+        if self.threshold is not None:
+            best = best.where(scores.max(axis=1) > self.threshold, OTHER)
+        return [owner.get(label, OTHER) for label in best]
 
     def sees(self, images: Sequence[Image.Image], concept: str) -> np.ndarray:
-        """Whether each picture shows ``concept``, whatever else it shows (probability above one half).
+        """Whether each picture shows ``concept``, whatever else it shows: above the judge's threshold.
+
+        One that was never calibrated goes by a probability of one half.
 
         A judge of an open choice gives one label: it sees what it names.
         """
         if self.open_choice:
             return np.array(self.names(images, [concept])) == concept
-        return (self.scores(images, self._labels_of(concept)) > 0).any(axis=1).to_numpy()
+        threshold = 0.0 if self.threshold is None else self.threshold
+        return (self.scores(images, self._labels_of(concept)) > threshold).any(axis=1).to_numpy()
 
 
 def wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,4 +1,7 @@
-"""What is in ``data/``: ``python -m duge_lite.doodles.train --report`` measures, ``--figures`` draws."""
+"""What is in ``data/``: ``python -m duge_lite.doodles.train --report`` measures, ``--figures`` draws.
+
+With ``--judge``, only what is the judge's.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from ..attention import trace
-from ..evaluation import Judge, evaluate, wilson_interval
-from ..figures import contact_sheet, word_overlay
+from ..baselines import uce
+from ..evaluation import OTHER, Judge, evaluate, wilson_interval
+from ..figures import Plot, contact_sheet, word_overlay
 from ..models import load_oracle, load_pipeline, sample
+from ..unlearning import unlearn
 from ..widgets import before_and_after
 from .captions import prompt
 from .draw import BACKGROUNDS, OBJECTS, STYLES, draw_scene, sample_scene
+from .unseen import UNSEEN, unseen
 
 
 def fresh(count: int, seed: int = 987_654_321) -> tuple[list[Image.Image], list]:
@@ -32,15 +38,12 @@ def fresh(count: int, seed: int = 987_654_321) -> tuple[list[Image.Image], list]
 
 
 def judge_accuracy(judge: Judge, images: list[Image.Image], scenes: list) -> dict[str, float]:
-    """Objects (all of a scene's among the top ones), styles, backgrounds."""
-    scores = judge.scores(images, OBJECTS).to_numpy()
-    top = [
-        set(np.asarray(OBJECTS)[np.argsort(-row)[: len(s.objects)]])
-        for row, s in zip(scores, scenes, strict=True)
-    ]
+    """Objects (what it sees is what there is, no more and no less), styles, backgrounds."""
+    seen = judge.scores(images, OBJECTS) > (judge.threshold or 0.0)
+    right = [set(seen.columns[row]) == set(s.objects) for row, s in zip(seen.to_numpy(), scenes, strict=True)]
     grounds = [f"{b} background" for b in BACKGROUNDS]
     return {
-        "objects": float(np.mean([t == set(s.objects) for t, s in zip(top, scenes, strict=True)])),
+        "objects": float(np.mean(right)),
         "styles": float(np.mean(np.asarray(judge.names(images, STYLES)) == [s.style for s in scenes])),
         "backgrounds": float(
             np.mean(
@@ -80,6 +83,125 @@ def zero_shot(folder: Path, images: list[Image.Image], scenes: list) -> float:
     return hits / len(single)
 
 
+def judge_rows(judge: Judge, count: int = 200) -> list[tuple[str, float, str]]:
+    """How often the judge takes nothing for something, kind by kind, and how sure it is when it is right."""
+    rows, all_named = [], []
+    for kind in UNSEEN:
+        named = judge.names(unseen(kind, count), OBJECTS)
+        all_named += named
+        rows.append((f"{count} {kind}: called an object", np.mean([n != OTHER for n in named]), ""))
+        if kind.startswith("red"):
+            rows.append((f"{count} {kind}: called an apple", named.count("apple") / count, "at most 0.02"))
+    nothing = np.mean([n != OTHER for n in all_named])
+    rows.append((f"these {len(all_named)} pictures of nothing: called an object", nothing, "at most 0.03"))
+    return [*rows, ("expected calibration error (15 bins)", calibration_error(*confidence(judge)), "")]
+
+
+def confidence(judge: Judge, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Of drawings and pictures of nothing: the likeliest object's probability, and whether it is there."""
+    drawings, scenes = fresh(count * len(UNSEEN), seed=271_828)
+    scores = judge.scores(drawings + [p for kind in UNSEEN for p in unseen(kind, count)], OBJECTS)
+    there = [name in s.objects for name, s in zip(scores.idxmax(axis=1), scenes, strict=False)]
+    temperature = getattr(judge.model.config, "calibration", {"temperature": 1.0})["temperature"]
+    probability = 1 / (1 + np.exp(-scores.max(axis=1).to_numpy() / temperature))
+    return probability, np.array(there + [False] * (len(scores) - len(scenes)))
+
+
+def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Mean distance of probability and share of right answers, over bins, by how full they are."""
+    of = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = [abs((probability[of == b] - right[of == b]).sum()) for b in range(bins)]
+    return float(sum(gaps) / len(probability))
+
+
+def reliability(judge: Judge, bins: int = 15) -> Plot:
+    """The judge's probability for what it finds likeliest, against how often it is there."""
+    probability, right = confidence(judge)
+    of = np.minimum((probability * bins).astype(int), bins - 1)
+    figure = Plot(figsize=(5, 3.6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
+    for b in sorted(set(of)):
+        hits, n = int(right[of == b].sum()), int((of == b).sum())
+        x = probability[of == b].mean()
+        axes.vlines(x, *wilson_interval(hits, n), color=visualize.KEPT, alpha=0.5)
+        axes.plot(x, hits / n, "o", color=visualize.KEPT, ms=5)
+        axes.annotate(str(n), (x, hits / n), (6, -3), textcoords="offset points", fontsize=7)
+    threshold = judge.model.config.calibration["threshold"]
+    axes.axvline(threshold, color=visualize.LOST, linewidth=1)
+    axes.text(threshold, 1.07, "threshold", color=visualize.LOST, fontsize=8, ha="center")
+    axes.set(xlabel="the judge's probability of the likeliest object", ylabel="how often it is there")
+    axes.set(xlim=(-0.04, 1.1), ylim=(-0.04, 1.05))
+    axes.spines[["top", "right"]].set_visible(False)
+    error = calibration_error(probability, right)
+    figure.suptitle(
+        f"Sure and right go together: calibration error {error:.3f}, n = {len(right)}", fontsize=10
+    )
+    figure.alt = f"Reliability of the judge in {bins} bins; expected calibration error {error:.3f}."
+    return figure
+
+
+Judged = list[tuple[Image.Image, str]]  # a picture and what was asked for
+
+
+def base_pictures(pipe: StableDiffusionPipeline) -> Judged:
+    """60 of the base model: every object as a photo, and twice in another style."""
+    asked = [(o, "photo") for o in OBJECTS]
+    asked += [(o, STYLES[1 + (i + k) % 4]) for k in (0, 1) for i, o in enumerate(OBJECTS)]
+    pictures = sample(pipe, [prompt(o, style) for o, style in asked], seed=40_000)
+    return list(zip(pictures, [o for o, _ in asked], strict=True))
+
+
+def forgotten_pictures(pipe: StableDiffusionPipeline) -> dict[str, Judged]:
+    """Ten each of six models that forgot: their concept in every style, then five bystanders."""
+    out: dict[str, Judged] = {}
+    ways = [("UCE", uce)] * 4 + [("DUGE", lambda p, c: unlearn(p, c, progress=False))] * 2
+    for k, (concept, (name, forget)) in enumerate(
+        zip(("apple", "umbrella", "harp", "goldfish", "apple", "car"), ways, strict=True)
+    ):
+        run = forget(pipe, concept)
+        asked = [(concept, style) for style in STYLES]
+        asked += [(o, "photo") for o in (OBJECTS * 2)[3 * k + 1 :] if o != concept][:5]
+        pictures = sample(pipe, [prompt(o, style) for o, style in asked], seed=41_000 + 10 * k)
+        run.restore()
+        out[f"{name}: {concept}"] = list(zip(pictures, [o for o, _ in asked], strict=True))
+    return out
+
+
+def judged_sheet(judge: Judge, rows: dict[str, Judged], title: str) -> Plot:
+    """Pictures in rows of ten: above each what was asked for, below it what the judge says."""
+    figure = Plot(figsize=(10.4, 0.5 + 1.36 * len(rows)), dpi=100)
+    figure.colors = 256
+    panels = figure.subplots(len(rows), 10)
+    figure.subplots_adjust(0.02, 0.02, 0.995, 1 - 0.75 / (0.5 + 1.36 * len(rows)), 0.06, 0.55)
+    for line, (name, row) in zip(panels, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=8)
+        said = judge.names([p for p, _ in row], OBJECTS)
+        for axes, (picture, asked), word in zip(line, row, said, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_title(asked, fontsize=7, color="#888888", pad=2)
+            axes.set_xlabel(
+                word, fontsize=8, labelpad=2, color=visualize.KEPT if word == asked else visualize.LOST
+            )
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+    figure.suptitle(f"{title} (above: asked for; below: the judge's word)", fontsize=11, y=0.995)
+    figure.alt = f"{title}, each with what was asked for and what the judge calls it."
+    return figure
+
+
+def judge_figures(out: Path) -> None:
+    """The data card's judge: reliability, and 60 pictures each of base and forgetful models."""
+    judge, pipe = Judge.load(out / "doodle-judge"), load_pipeline(out / "doodle-sd")
+    (out / "judge-reliability.png").write_bytes(reliability(judge).png())
+    base = base_pictures(pipe)
+    names = ("photos", "photos ", "styles", "styles ", "styles  ", "styles   ")
+    rows = {name: base[10 * i : 10 * i + 10] for i, name in enumerate(names)}
+    (out / "judge-base.png").write_bytes(judged_sheet(judge, rows, "60 pictures of the base model").png())
+    sheet = judged_sheet(judge, forgotten_pictures(pipe), "60 pictures of six models that forgot")
+    (out / "judge-forgotten.png").write_bytes(sheet.png())
+
+
 def figures(out: Path) -> None:
     """Draws the contact sheet of the data card, where a word looks, and the README's before and after."""
     (out / "contact-sheet.png").write_bytes(contact_sheet().png())
@@ -91,71 +213,86 @@ def figures(out: Path) -> None:
     (out / "attention.png").write_bytes(attention.png())
     figure, _ = before_and_after(pipe, "apple")
     (out / "overview.png").write_bytes(figure.png())
+    judge_figures(out)
 
 
 def oracle_rows(pipe: StableDiffusionPipeline, judge: Judge, out: Path) -> list[tuple[str, float, str]]:
-    """What the oracles of single objects know, and what they make of the word they never saw a picture of."""
+    """What the oracles know, and what they make of a word that they never saw a picture of."""
     rows = []
-    for concept in OBJECTS:
-        if not (out / f"doodle-oracle-{concept.replace(' ', '-')}").is_dir():
-            continue
-        oracle = load_oracle(pipe, concept)
-        rest = evaluate(oracle, [o for o in OBJECTS if o != concept], 10, judge=judge, seed=10_000)
-        what = f"oracle without {concept}"
-        rows.append((f"{what}: the other objects, 10 photos each", rest.accuracy.mean(), "0.97"))
-        asked = sample(oracle, [prompt(concept)] * 50, seed=10_000)
-        seen = judge.sees(asked, concept).mean()
-        rows.append((f"{what}: asked for one, the judge sees one (50 photos)", seen, ""))
+    for folder in sorted(out.glob("doodle-oracle-*")):
+        name = folder.name.removeprefix("doodle-oracle-").replace("-", " ")
+        gone = FINAL if name == "final" else (name,)
+        oracle = load_oracle(pipe, name)
+        kept = [o for o in OBJECTS if o not in gone]
+        rest = evaluate(oracle, kept, 10, judge=judge, seed=10_000)
+        what = f"oracle without {name}" if gone == (name,) else "oracle without the ten"
+        rows.append((f"{what}: the other objects, 10 photos each", rest.accuracy.mean(), "0.98"))
+        asked = sample(oracle, [prompt(gone[i % len(gone)]) for i in range(50)], seed=10_000)
+        said = judge.names(asked, OBJECTS)
+        seen = np.mean([word == gone[i % len(gone)] for i, word in enumerate(said)])
+        rows.append((f"{what}: asked for what it never saw, the judge sees it (50 photos)", seen, "near 0"))
+        shares = pd.Series(said).value_counts()
+        drawn = ", ".join(f"{word} {n}" for word, n in shares.items())
+        rows.append((f"{what}: what the judge says instead: {drawn}", shares.get(OTHER, 0) / 50, ""))
     return rows
 
 
-def report(out: Path, images: int = 25) -> None:
-    """Prints every number of the data card."""
+FINAL = (
+    "apple",
+    "umbrella",
+    "car",
+    "sunglasses",
+    "broccoli",
+    "traffic light",
+    "goldfish",
+    "harp",
+    "house",
+    "broom",
+)
+"""The objects of benchmarks/continual.py that ``doodle-oracle-final`` never saw (nor neon, nor mosaic)."""
+
+
+def generated_rows(pipe: StableDiffusionPipeline, judge: Judge, images: int) -> list[tuple[str, float, str]]:
+    """The base model's pictures: photos of every object, every style, two objects at once."""
+    photos = evaluate(pipe, images=images, judge=judge, seed=10_000)
+    rows = [(f"generated photos, {images} per object: mean", photos.accuracy.mean(), "0.98")]
+    worst = photos.accuracy.idxmin()
+    rows.append((f"generated photos: worst object ({worst})", photos.accuracy.min(), "0.90"))
+    right = []
+    for style in STYLES:
+        pictures = sample(pipe, [prompt(o, style) for o in OBJECTS for _ in range(5)], seed=20_000)
+        named = np.asarray(judge.names(pictures, OBJECTS)).reshape(len(OBJECTS), 5).T == OBJECTS
+        styled = np.mean([n == style for n in judge.names(pictures, STYLES)])
+        rows.append((f"generated {style}: style named right (100)", styled, "0.95"))
+        rows.append((f"generated {style}: object named right (100)", named.mean(), ""))
+        right.append(named.mean())
+    rows.append(("generated in the five styles: object named right (500)", float(np.mean(right)), "0.98"))
+    rng = np.random.default_rng(5)
+    pairs = [tuple(rng.choice(OBJECTS, size=2, replace=False)) for _ in range(200)]
+    seen = judge.scores(sample(pipe, [prompt(p) for p in pairs], seed=30_000), OBJECTS)
+    seen = seen > (judge.threshold or 0.0)
+    both = sum(seen.loc[i, a] and seen.loc[i, b] for i, (a, b) in enumerate(pairs))
+    low, high = wilson_interval(both, len(pairs))
+    what = f"two-object photos: both found (200; 95 % {low:.2f} to {high:.2f})"
+    return [*rows, (what, both / len(pairs), "0.80")]
+
+
+def report(out: Path, images: int = 25, judge_only: bool = False) -> None:
+    """Prints every number of the data card; ``judge_only``: those that need no generated picture."""
     rows: list[tuple[str, float, str]] = []
     judge, (drawings, scenes) = Judge.load(out / "doodle-judge"), fresh(2000)
     for name, value in judge_accuracy(judge, drawings, scenes).items():
         rows.append((f"judge on 2000 fresh drawings: {name}", value, "0.99" if name == "objects" else ""))
-    rows.append(
-        ("CLIP zero-shot, objects of fresh drawings", zero_shot(out / "doodle-clip", drawings, scenes), "")
-    )
-
+    rows += judge_rows(judge)
     pipe = load_pipeline(out / "doodle-sd")
-    back, error = round_trip(pipe.vae.float(), drawings)
-    rows.append(
-        (
-            "autoencoder round trip: judged right (objects)",
-            judge_accuracy(judge, back, scenes)["objects"],
-            "0.98",
-        )
-    )
-    rows.append(("autoencoder round trip: mean absolute error", error, ""))
-
-    photos = evaluate(pipe, images=images, judge=judge, seed=10_000)
-    rows.append((f"generated photos, {images} per object: mean", photos.accuracy.mean(), "0.97"))
-    worst = photos.accuracy.idxmin()
-    rows.append((f"generated photos: worst object ({worst})", photos.accuracy.min(), "0.90"))
-    for style in STYLES:
-        prompts = [prompt(o, style) for o in OBJECTS for _ in range(5)]
-        pictures = sample(pipe, prompts, seed=20_000)
-        named = np.asarray(judge.names(pictures, OBJECTS)).reshape(len(OBJECTS), 5)
-        rows.append(
-            (
-                f"generated {style}: style named right (100)",
-                np.mean([n == style for n in judge.names(pictures, STYLES)]),
-                "0.95",
-            )
-        )
-        rows.append((f"generated {style}: object named right (100)", float((named.T == OBJECTS).mean()), ""))
-    rows += oracle_rows(pipe, judge, out)
-    rng = np.random.default_rng(5)
-    pairs = [tuple(rng.choice(OBJECTS, size=2, replace=False)) for _ in range(200)]
-    pictures = sample(pipe, [prompt(p) for p in pairs], seed=30_000)
-    scores = judge.scores(pictures, OBJECTS)
-    both = sum(scores.loc[i, a] > 0 and scores.loc[i, b] > 0 for i, (a, b) in enumerate(pairs))
-    low, high = wilson_interval(both, len(pairs))
-    rows.append(
-        (f"two-object photos: both found (200; 95 % {low:.2f} to {high:.2f})", both / len(pairs), "0.80")
-    )
+    if not judge_only:
+        known = zero_shot(out / "doodle-clip", drawings, scenes)
+        rows.append(("CLIP zero-shot, objects of fresh drawings", known, ""))
+        back, error = round_trip(pipe.vae.float(), drawings)
+        right = judge_accuracy(judge, back, scenes)["objects"]
+        rows.append(("autoencoder round trip: judged right (objects)", right, ""))
+        rows.append(("autoencoder round trip: mean absolute error", error, ""))
+        rows += generated_rows(pipe, judge, images) + oracle_rows(pipe, judge, out)
 
     table = pd.DataFrame(rows, columns=["what", "measured", "to reach"])
     print("| what | measured | to reach |\n|---|---|---|")

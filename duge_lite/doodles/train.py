@@ -6,13 +6,17 @@ was interrupted goes on where it was:
 1. ``tokenizer``    a CLIP byte-pair tokenizer on our captions,
 2. ``clip``         a small CLIP, trained contrastively; its text tower is the pipeline's text encoder,
 3. ``autoencoder``  64x64x3 pictures to 16x16x4 latents and back,
-4. ``judge``        a ResNet that names objects, styles and backgrounds,
-5. ``unet``         the denoiser, trained on latents and captions, at the end with two objects in every
+4. ``unet``         the denoiser, trained on latents and captions, at the end with two objects in every
                     other picture: what lies where is learned last,
-6. ``decoder``      the autoencoder's second half again, on its own.
+5. ``decoder``      the autoencoder's second half again, on its own,
+6. ``judge``        a ResNet that names objects, styles and backgrounds, or nothing: it learns from drawings,
+                    from pictures of nothing (:mod:`.negatives`), and from both in the model's own hand.
+
+``--judge`` trains the judge alone, with the finished pipeline of ``--out``.
 
 ``--without apple`` trains an oracle instead: the denoiser once more, with the same recipe, in a world that
-has no apple. It takes the finished text encoder and autoencoder from ``--out``.
+has no apple. It takes the finished text encoder and autoencoder from ``--out``. With ``--more-steps`` it
+goes on from the oracle's finished weights in ``--out`` and writes them anew.
 
 Every batch is a function of (seed, stage, step) alone: a resumed run sees the batches that an
 undisturbed one would have seen. The recipe is ours; the loss weight of the denoiser is min-SNR-5
@@ -27,8 +31,8 @@ import multiprocessing
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +48,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import (
     CLIPConfig,
@@ -57,12 +62,13 @@ from transformers import (
 from ..models import data_dir
 from .captions import caption
 from .draw import BACKGROUNDS, OBJECTS, SIZE, STYLES, Scene, draw_scene, sample_scene
+from .negatives import Nothing, broken, draw_nothing, redrawn
 
 LABELS: tuple[str, ...] = (*OBJECTS, *STYLES, *(f"{b} background" for b in BACKGROUNDS))
 MAX_TOKENS = 24
 CAPTIONS_PER_IMAGE = 3
 COMPOUNDS = (("back", "pack"), ("gold", "fish"), ("air", "plane"), ("mush", "room"))
-STAGES = ("tokenizer", "clip", "autoencoder", "judge", "unet", "decoder")
+STAGES = ("tokenizer", "clip", "autoencoder", "unet", "decoder", "judge")
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,13 @@ class Recipe:
     seed: int = 0
     clip_steps: int = 1_800
     autoencoder_steps: int = 4_500
-    judge_steps: int = 1_600
+    judge_steps: int = 3_000
+    nothings: int = 12_000  # pictures of nothing that the judge learns from
+    redrawn: int = 3_000  # of the drawings, and of those of nothing, once more in the model's hand
     decoder_steps: int = 900
     unet_steps: int = 7_000
     pair_steps: int = 5_000  # more steps of the denoiser, with two objects in every other picture
+    more_lr: float = 5e-4  # of an oracle that is trained on
     lr: float = 1e-3
     save_every: int = 250  # steps between checkpoints
     captions_dropped: float = 0.1  # empty captions, for classifier-free guidance
@@ -374,8 +383,104 @@ def encode(model: AutoencoderKL, world: World, index: Sequence[int]) -> torch.Te
     return torch.cat(out)
 
 
-def train_judge(world: World, recipe: Recipe, work: Path) -> ResNetForImageClassification:
-    """Multi-label: 20 objects, 5 styles, 6 backgrounds; trained with noise and blur."""
+def _render_nothing(job: tuple[int, int, int]) -> tuple[np.ndarray, list[Nothing]]:
+    seed, start, stop = job
+    drawn = [draw_nothing(np.random.default_rng((seed, 1, i))) for i in range(start, stop)]
+    return np.stack([np.asarray(image) for image, _ in drawn]), [told for _, told in drawn]
+
+
+def nothing_labels(told: Sequence[Nothing]) -> torch.Tensor:
+    """No object; style and background as far as anyone can say, nan otherwise, (n, 31)."""
+    out = torch.zeros(len(told), len(LABELS))
+    first, last = len(OBJECTS), len(OBJECTS) + len(STYLES)
+    for i, n in enumerate(told):
+        for part, name in ((slice(first, last), n.style), (slice(last, None), n.background)):
+            if name is None:
+                out[i, part] = torch.nan
+            elif name:
+                out[i, LABELS.index(name if part.start == first else f"{name} background")] = 1
+    return out
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What the judge learns from, group by group: pictures (n, 64, 64, 3) uint8 and labels (n, 31).
+
+    ``share`` says how many of a batch of 64 come from each group.
+    """
+
+    pictures: Mapping[str, np.ndarray]
+    labels: Mapping[str, torch.Tensor]
+    share = {"drawn": 28, "redrawn": 10, "nothing": 16, "nothing redrawn": 6, "broken": 4}
+
+    @classmethod
+    def cached(cls, world: World, pipe: StableDiffusionPipeline, recipe: Recipe, folder: Path) -> Lessons:
+        """Draws what is missing in ``folder``: minutes, most of them the denoiser's."""
+
+        def kept(name: str, make: Callable[[], tuple[np.ndarray, torch.Tensor]]) -> None:
+            path = folder / f"judge-{name.replace(' ', '-')}-{recipe.seed}.npz"
+            if not path.exists():
+                x, y = make()
+                with open(path.with_suffix(".tmp"), "wb") as file:
+                    np.savez(file, x=x, y=y.numpy())
+                os.replace(path.with_suffix(".tmp"), path)
+            saved = np.load(path)
+            pictures[name], labels[name] = saved["x"], torch.from_numpy(saved["y"])
+
+        pictures, labels = {"drawn": world.images}, {"drawn": world.labels()}
+        count, many = min(recipe.redrawn, len(world.scenes)), min(recipe.redrawn, recipe.nothings)
+        captions = [c[0] for c in world.captions[:count]]
+        kept("redrawn", lambda: (_redraw(pipe, world.images[:count], captions, 500), world.labels()[:count]))
+        kept("nothing", lambda: draw_nothings(range(recipe.nothings), recipe.seed))
+        nothing, told = pictures["nothing"][:many], labels["nothing"][:many]
+        kept("nothing redrawn", lambda: (_redraw(pipe, nothing, [""] * many, 120), told))
+        unknown = torch.zeros(many // 3, len(LABELS))
+        unknown[:, len(OBJECTS) :] = torch.nan
+        kept("broken", lambda: (broken(pipe, many // 3, _generator(recipe.seed, "broken", 0)), unknown))
+        return cls(pictures, labels)
+
+    def batch(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """64 pictures in [-1, 1] and their labels, some blurred, some noised."""
+        picks = {name: _pick(len(self.labels[name]), n, generator) for name, n in self.share.items()}
+        pixels = torch.from_numpy(np.concatenate([self.pictures[name][i] for name, i in picks.items()]))
+        images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (64, 3, 64, 64)
+        blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        share = torch.rand(64, 1, 1, 1, generator=generator) * (
+            torch.rand(64, 1, 1, 1, generator=generator) < 0.6
+        )
+        noise = torch.randn(images.shape, generator=generator) * torch.rand(64, 1, 1, 1, generator=generator)
+        labels = torch.cat([self.labels[name][i] for name, i in picks.items()])
+        return images.lerp(blurred, share) + 0.08 * noise, labels
+
+
+def draw_nothings(numbers: range, seed: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Pictures of nothing, drawn on all cores, and their labels; picture i depends on (seed, i) alone."""
+    jobs = [(seed, i, min(i + 500, numbers.stop)) for i in range(numbers.start, numbers.stop, 500)]
+    if len(jobs) < 3:
+        parts = [_render_nothing(job) for job in jobs]
+    else:
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+            parts = list(pool.imap(_render_nothing, jobs))
+    return np.concatenate([x for x, _ in parts]), nothing_labels([n for _, told in parts for n in told])
+
+
+def _redraw(
+    pipe: StableDiffusionPipeline, images: np.ndarray, captions: Sequence[str], latest: int
+) -> np.ndarray:
+    """In parts of 50, each noised to a moment of its own up to ``latest``; every fifth only decoded again."""
+    out = []
+    for start in range(0, len(images), 50):
+        generator = _generator(latest, "redraw", start)
+        moment = int(torch.randint(latest // 5, latest, (1,), generator=generator)) if start % 250 else 0
+        part = [Image.fromarray(i) for i in images[start : start + 50]]
+        out.append(redrawn(pipe, part, captions[start : start + 50], moment, generator))
+    return np.concatenate(out)
+
+
+def train_judge(
+    world: World, pipe: StableDiffusionPipeline, recipe: Recipe, work: Path
+) -> ResNetForImageClassification:
+    """Multi-label: 20 objects, 5 styles, 6 backgrounds, or none; trained with noise and blur."""
     torch.manual_seed(recipe.seed)
     config = ResNetConfig(
         embedding_size=32,
@@ -386,26 +491,56 @@ def train_judge(world: World, recipe: Recipe, work: Path) -> ResNetForImageClass
         id2label=dict(enumerate(LABELS)),
         label2id={name: i for i, name in enumerate(LABELS)},
     )
-    model = ResNetForImageClassification(config)
-    labels = world.labels()
+    model, lessons = ResNetForImageClassification(config), Lessons.cached(world, pipe, recipe, work)
 
     def loss_of(model: ResNetForImageClassification, generator: torch.Generator) -> torch.Tensor:
-        index = _pick(len(world.scenes), 64, generator)
-        images = world.batch(index)
-        blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        share = torch.rand(64, 1, 1, 1, generator=generator) * (
-            torch.rand(64, 1, 1, 1, generator=generator) < 0.6
-        )
-        noise = (
-            torch.randn(images.shape, generator=generator)
-            * 0.08
-            * torch.rand(64, 1, 1, 1, generator=generator)
-        )
-        images = images.lerp(blurred, share) + noise
-        logits = model(images.to(model.device)).logits.float()
-        return F.binary_cross_entropy_with_logits(logits, labels[index].to(model.device))
+        images, labels = (t.to(model.device) for t in lessons.batch(generator))
+        said = ~labels.isnan()
+        return F.binary_cross_entropy_with_logits(model(images).logits.float()[said], labels[said])
 
-    return fit("judge", model, loss_of, recipe.judge_steps, recipe, work)
+    model = fit("judge", model, loss_of, recipe.judge_steps, recipe, work)
+    model.config.calibration = calibrate(model, pipe, recipe)
+    return model
+
+
+@torch.no_grad()
+def calibrate(
+    model: ResNetForImageClassification, pipe: StableDiffusionPipeline, recipe: Recipe, count: int = 600
+) -> dict[str, float]:
+    """Temperature and threshold, from pictures that training did not see; kept in the judge's config.json.
+
+    ``count`` drawings and ``count`` pictures of nothing, a third of each in the model's hand as well. The
+    temperature is the one under which sigmoid(logit / temperature) is likeliest to be right about the objects
+    (Guo et al., arXiv 1706.04599). The threshold is a probability: whatever reaches it is seen, and where no
+    object does, the judge says "something else". It balances the two errors: objects not seen, and nothing
+    taken for something.
+    """
+    numbers = range(10_000_000, 10_000_000 + count)
+    images, scenes, captions = _render((recipe.seed, numbers.start, numbers.stop))
+    drawn = World(images, tuple(scenes), tuple(map(tuple, captions)))
+    nothing, told = draw_nothings(numbers, recipe.seed)
+    third = count // 3
+    again = _redraw(
+        pipe, images[:third], [c[0] for c in captions[:third]], 501
+    )  # other noise than in training
+    nothing_again = _redraw(pipe, nothing[:third], [""] * third, 121)
+    shown = drawn.labels()
+    truth = torch.cat([shown, shown[:third], told, told[:third]])[:, : len(OBJECTS)]
+    pixels = torch.from_numpy(np.concatenate([images, again, nothing, nothing_again])).permute(0, 3, 1, 2)
+    logits = torch.cat(
+        [model(x.to(model.device) / 127.5 - 1).logits.float().cpu() for x in pixels.split(128)]
+    )
+    logits = logits[:, : len(OBJECTS)]
+    temperatures = torch.linspace(0.5, 3, 126)
+    losses = [F.binary_cross_entropy_with_logits(logits / t, truth) for t in temperatures]
+    temperature = temperatures[int(torch.stack(losses).argmin())]
+    probabilities = (logits / temperature).sigmoid()
+    least = (probabilities + 2 * (truth == 0)).amin(1)[truth.sum(1) > 0]  # of what is there
+    most = probabilities.amax(1)[truth.sum(1) == 0]
+    levels = torch.linspace(0.02, 0.98, 97)
+    errors = torch.stack([(least <= p).float().mean() + (most > p).float().mean() for p in levels])
+    best = levels[errors <= errors.min() + 1e-6].median()
+    return {"temperature": round(float(temperature), 2), "threshold": round(float(best), 2)}
 
 
 def make_unet(seed: int) -> UNet2DConditionModel:
@@ -439,19 +574,17 @@ def _unique_embeddings(
     return torch.cat(states), which
 
 
-def train_unet(
+def unet_loss(
     world: World,
     latents: torch.Tensor,
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
     recipe: Recipe,
-    work: Path,
-    stage: str = "unet",
-) -> UNet2DConditionModel:
-    """Noise prediction on scaled latents with caption dropout; averaged weights."""
-    model = make_unet(recipe.seed).to(memory_format=torch.channels_last)
-    if _device().type == "cpu":  # there the fused attention's backward pass costs 40 % of a step
-        model.set_attn_processor(AttnProcessor())
+) -> Callable[..., torch.Tensor]:
+    """``loss_of(model, generator, pairs=0)``: noise prediction on 32 scaled latents with caption dropout.
+
+    The first ``pairs`` of them show two objects.
+    """
     scheduler = make_noise_scheduler()
     states, which = _unique_embeddings(world, tokenizer, text_encoder)
     weights = compute_snr(scheduler, torch.arange(len(scheduler.betas)))
@@ -472,6 +605,27 @@ def train_unet(
         error = (noise_pred.float() - noise.to(model.device)).square().mean(dim=(1, 2, 3))  # (B,)
         return (weights[timesteps].to(model.device) * error).mean()
 
+    return loss_of
+
+
+def _ready(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    if _device().type == "cpu":  # there the fused attention's backward pass costs 40 % of a step
+        unet.set_attn_processor(AttnProcessor())
+    return unet.to(memory_format=torch.channels_last)
+
+
+def train_unet(
+    world: World,
+    latents: torch.Tensor,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    recipe: Recipe,
+    work: Path,
+    stage: str = "unet",
+) -> UNet2DConditionModel:
+    """Noise prediction on scaled latents with caption dropout; averaged weights."""
+    model = _ready(make_unet(recipe.seed))
+    loss_of = unet_loss(world, latents, tokenizer, text_encoder, recipe)
     model = fit(stage, model, loss_of, recipe.unet_steps, recipe, work)
     return fit(f"{stage}-pairs", model, partial(loss_of, pairs=16), recipe.pair_steps, recipe, work)
 
@@ -559,10 +713,6 @@ def stages(recipe: Recipe, out: Path, work: Path) -> Iterator[str]:
     yield "clip"
     vae = train_autoencoder(world, recipe, work)
     yield "autoencoder"
-    judge = train_judge(world, recipe, work)
-    _half(judge, out / "doodle-judge")
-    image_processor().save_pretrained(out / "doodle-judge")
-    yield "judge"
     latents = encode(vae, world, range(len(world.scenes)))
     scaled = latents * vae.config.scaling_factor
     unet = train_unet(world, scaled, tokenizer, text_tower(clip), recipe, work)
@@ -570,23 +720,52 @@ def stages(recipe: Recipe, out: Path, work: Path) -> Iterator[str]:
     polish_decoder(vae, world, latents, recipe, work)
     assemble(out / "doodle-sd", tokenizer, clip, vae, unet)
     yield "decoder"
+    make_judge(recipe, out, work)
+    yield "judge"
 
 
-def train_oracle(concepts: Sequence[str], name: str, recipe: Recipe, out: Path, work: Path) -> Path:
+def make_judge(recipe: Recipe, out: Path, work: Path) -> Path:
+    """Trains the judge with the finished pipeline of ``out/doodle-sd``; returns ``out/doodle-judge``."""
+    work.mkdir(parents=True, exist_ok=True)
+    world, folder = World.cached(recipe.images, recipe.seed, work), out / "doodle-judge"
+    _half(train_judge(world, _finished(out), recipe, work), folder)
+    image_processor().save_pretrained(folder)
+    return folder
+
+
+def _finished(out: Path) -> StableDiffusionPipeline:
+    """The pipeline of ``out``, in 32 bits."""
+    pipe = StableDiffusionPipeline.from_pretrained(
+        out / "doodle-sd", safety_checker=None, use_safetensors=True
+    )
+    return pipe.to(torch.float32)
+
+
+def train_oracle(
+    concepts: Sequence[str], name: str, recipe: Recipe, out: Path, work: Path, more_steps: int = 0
+) -> Path:
     """Trains the denoiser in a world without ``concepts``; returns ``out/doodle-oracle-NAME/unet``.
 
     Text encoder, tokenizer and autoencoder are those of ``out/doodle-sd``: an oracle's denoiser fits
     into that pipeline.
+
+    ``more_steps`` trains a finished oracle on instead, from the weights in its folder: fresh AdamW, the rate
+    ``recipe.more_lr`` warms up and falls as in any stage, and a quarter of each batch are pairs. The
+    checkpoint is a stage's own ("...-more"): delete it before training on for a second time.
     """
     work.mkdir(parents=True, exist_ok=True)
-    pipe = StableDiffusionPipeline.from_pretrained(
-        out / "doodle-sd", safety_checker=None, use_safetensors=True
-    )
-    pipe.to(torch.float32)
+    pipe = _finished(out)
     world = World.cached(recipe.images, recipe.seed, work).without(concepts)
     latents = encode(pipe.vae, world, range(len(world.scenes))) * pipe.vae.config.scaling_factor
     stage, folder = f"unet-without-{name}", out / f"doodle-oracle-{name}" / "unet"
-    _half(train_unet(world, latents, pipe.tokenizer, pipe.text_encoder, recipe, work, stage), folder)
+    data = (world, latents, pipe.tokenizer, pipe.text_encoder, recipe)
+    if more_steps:
+        unet = _ready(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).float())
+        slower = replace(recipe, lr=recipe.more_lr)
+        unet = fit(f"{stage}-more", unet, partial(unet_loss(*data), pairs=8), more_steps, slower, work)
+    else:
+        unet = train_unet(*data, work, stage)
+    _half(unet, folder)
     return folder
 
 
@@ -595,10 +774,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=data_dir(), help="where the finished models go")
     parser.add_argument("--work", type=Path, help="where checkpoints go (default: OUT/.training)")
     parser.add_argument(
+        "--judge", action="store_true", help="train the judge alone, with the pipeline in OUT"
+    )
+    parser.add_argument(
         "--without", metavar="CONCEPT", nargs="+", help="train the oracle that never saw these"
     )
+    parser.add_argument(
+        "--more-steps", type=int, default=0, help="train that oracle on, from its weights in OUT"
+    )
     parser.add_argument("--name", help="of the oracle's folder, doodle-oracle-NAME (default: its concepts)")
-    parser.add_argument("--until", choices=STAGES, default="decoder", help="stop after this stage")
+    parser.add_argument("--until", choices=STAGES, default="judge", help="stop after this stage")
     parser.add_argument("--images", type=int, default=Recipe.images)
     parser.add_argument("--unet-steps", type=int, default=Recipe.unet_steps)
     parser.add_argument("--pair-steps", type=int, default=Recipe.pair_steps)
@@ -608,16 +793,22 @@ def main() -> None:
     parser.add_argument("--figures", action="store_true", help="draw the pictures of README and data card")
     args = parser.parse_args()
     if args.report or args.figures:
-        from .report import figures, report
+        from .report import figures, judge_figures, report
 
-        (report if args.report else figures)(args.out)
+        if args.report:
+            report(args.out, judge_only=args.judge)
+        else:
+            (judge_figures if args.judge else figures)(args.out)
         return
     steps = {"unet_steps": args.unet_steps, "pair_steps": args.pair_steps}
     recipe = Recipe(args.images, args.seed, **steps, compile=args.compile)
     started, work = time.time(), args.work or args.out / ".training"
+    if args.judge:
+        print(make_judge(recipe, args.out, work))
+        return
     if args.without:
         name = args.name or "-".join(args.without).replace(" ", "-")
-        print(train_oracle(args.without, name, recipe, args.out, work))
+        print(train_oracle(args.without, name, recipe, args.out, work, args.more_steps))
         return
     for stage in stages(recipe, args.out, work):
         print(f"{stage} done after {(time.time() - started) / 60:.1f} min", flush=True)
