@@ -80,6 +80,7 @@ def methods() -> dict[str, Method]:
         "UCE, ridge 0.1": Method(uce={"ridge": 0.1}),
         "UCE, styled": Method(uce={"styled": True}),
         "UCE, styled, ridge 0.1": Method(uce={"styled": True, "ridge": 0.1}),
+        "UCE, styled, ridge 0.01": Method(uce={"styled": True, "ridge": 0.01}),
         "ESD-x": of(esd),
         "ESD-x, lr 3e-4": of(esd, lr=3e-4),
         "ESD-x, prior 1": of(esd, lambda_prior=1.0),

@@ -97,17 +97,19 @@ def run(cells: Cells, rows: dict[str, Method], targets: list[str], seeds: list[i
                 drawn = method.config is not None  # what draws no lots needs no other seeds
                 if name == BASE or (name, target, seed) in cells or (seed and not drawn):
                     continue
-                started = time.perf_counter()
+                started, cost = time.perf_counter(), {}
                 if name == ORACLE:
                     try:
                         pictures = look(duge.load_oracle(pipe, target), target)
                     except duge.errors.ModelNotFoundError:
                         continue
                 else:
+                    began = time.process_time()
                     run = method.forget(pipe, target, seed)
+                    cost["cpu"] = time.process_time() - began  # a busy machine: see timing()
                     pictures = look(pipe, target)
                     run.restore()
-                cells.add((name, target, seed), {}, pictures)
+                cells.add((name, target, seed), cost, pictures)
                 print(f"{name}, {target}, {seed}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -244,6 +246,8 @@ def summarise(cells: Cells) -> None:
     measured = [c for c in lines if "gone" in c]
     rows = rows_of(measured)
     for name, row in rows.items():
+        took = [c["cpu"] for c in measured if c["key"][0] == name and "cpu" in c]
+        row["cpu s, own run"] = np.median(took or [np.nan])
         seen = [c["seen"] for c in lines if c["key"][:2] == ["inversion", name] and "seen" in c]
         row["inversion"], row["starts"] = (np.mean(seen), len(seen)) if seen else (np.nan, 0)
         apple = next((c for c in measured if c["key"] == [name, "apple", 0]), None)

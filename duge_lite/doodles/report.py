@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from ..attention import trace
 from ..baselines import uce
 from ..evaluation import OTHER, Judge, evaluate, wilson_interval
-from ..figures import Plot, contact_sheet, word_overlay
+from ..figures import KEPT, LOST, Plot, contact_sheet, word_overlay
 from ..models import load_oracle, load_pipeline, sample
 from ..unlearning import unlearn
 from ..widgets import before_and_after
@@ -124,12 +124,12 @@ def reliability(judge: Judge, bins: int = 15) -> Plot:
     for b in sorted(set(of)):
         hits, n = int(right[of == b].sum()), int((of == b).sum())
         x = probability[of == b].mean()
-        axes.vlines(x, *wilson_interval(hits, n), color=visualize.KEPT, alpha=0.5)
-        axes.plot(x, hits / n, "o", color=visualize.KEPT, ms=5)
+        axes.vlines(x, *wilson_interval(hits, n), color=KEPT, alpha=0.5)
+        axes.plot(x, hits / n, "o", color=KEPT, ms=5)
         axes.annotate(str(n), (x, hits / n), (6, -3), textcoords="offset points", fontsize=7)
     threshold = judge.model.config.calibration["threshold"]
-    axes.axvline(threshold, color=visualize.LOST, linewidth=1)
-    axes.text(threshold, 1.07, "threshold", color=visualize.LOST, fontsize=8, ha="center")
+    axes.axvline(threshold, color=LOST, linewidth=1)
+    axes.text(threshold, 1.07, "threshold", color=LOST, fontsize=8, ha="center")
     axes.set(xlabel="the judge's probability of the likeliest object", ylabel="how often it is there")
     axes.set(xlim=(-0.04, 1.1), ylim=(-0.04, 1.05))
     axes.spines[["top", "right"]].set_visible(False)
@@ -181,7 +181,7 @@ def judged_sheet(judge: Judge, rows: dict[str, Judged], title: str) -> Plot:
             axes.imshow(picture, interpolation="nearest")
             axes.set_title(asked, fontsize=7, color="#888888", pad=2)
             axes.set_xlabel(
-                word, fontsize=8, labelpad=2, color=visualize.KEPT if word == asked else visualize.LOST
+                word, fontsize=8, labelpad=2, color=KEPT if word == asked else LOST
             )
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
