@@ -2,6 +2,7 @@
 
     python benchmarks/single.py                  # everything; goes on where it stopped
     python benchmarks/single.py --only ours UCE  # these rows, in this order
+    python benchmarks/single.py --cells          # only what is gone and what is kept
     python benchmarks/single.py --timing         # processor seconds: all methods in turns, in one run
     python benchmarks/single.py --inversion      # a word learned for apples, by method
     python benchmarks/single.py --sweep          # the exact solver's settings: quality against seconds
@@ -25,21 +26,9 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from common import (
-    BASE,
-    ORACLE,
-    RESULTS,
-    STEPS,
-    Cells,
-    Method,
-    chosen,
-    cpu,
-    draw,
-    images,
-    interval,
-    methods,
-    table,
-)
+from common import BASE, ORACLE, RESULTS, STEPS, Cells, Method
+
+from common import chosen, cpu, draw, images, interval, methods, table  # isort: skip
 
 import duge_lite as duge
 from duge_lite import attacks, figures
@@ -55,25 +44,19 @@ GROUPS = ("gone", "gone, styled", "indirect", "beside another", "others", "relat
 def asks(card, target: str) -> pd.DataFrame:
     """What is drawn, a row per picture: the group, the prompt, the seed, the object, the style."""
     photo, *styles = card.styles
-    others = [c for c in card.concepts if c != target]
-    rows = [("gone", card.prompt(target), 10_000 + i, target, photo) for i in range(10)]
-    rows += [
-        ("gone, styled", card.prompt(target, s), 11_000 + i, target, s) for s in styles for i in range(2)
-    ]
+    others, near = [c for c in card.concepts if c != target], card.related.get(target, ())
     texts = [t for group in card.paraphrases(target).values() for t in group]
-    texts = [texts[i * len(texts) // 10] for i in range(10)]
-    rows += [("indirect", text, 12_000 + i, target, photo) for i, text in enumerate(texts)]
-    rows += [
-        ("beside another", card.prompt((target, others[2 * i])), 13_000 + i, target, photo) for i in range(8)
-    ]
-    rows += [("others", card.prompt(c), 14_000 + i, c, photo) for c in others for i in range(2)]
-    related = card.related.get(target, ())
-    rows += [
-        ("related", card.prompt(c), 15_000 + i, c, photo) for c in related for i in range(8 // len(related))
-    ]
-    rows += [
-        ("styles", card.prompt(c, styles[i % 4]), 16_000 + i, c, styles[i % 4]) for i, c in enumerate(others)
-    ]
+    groups = {  # seed, prompt, object, style
+        "gone": [(i, card.prompt(target), target, photo) for i in range(10)],
+        "gone, styled": [(i, card.prompt(target, s), target, s) for s in styles for i in range(2)],
+        "indirect": [(i, texts[i * len(texts) // 10], target, photo) for i in range(10)],
+        "beside another": [(i, card.prompt((target, others[2 * i])), target, photo) for i in range(8)],
+        "others": [(i, card.prompt(c), c, photo) for c in others for i in range(2)],
+        "related": [(i, card.prompt(c), c, photo) for c in near for i in range(8 // len(near))],
+        "styles": [(i, card.prompt(c, styles[i % 4]), c, styles[i % 4]) for i, c in enumerate(others)],
+    }
+    parts = enumerate(groups.items(), 10)
+    rows = [(g, p, 1000 * k + i, o, s) for k, (g, asked) in parts for i, p, o, s in asked]
     return pd.DataFrame(rows, columns=["group", "prompt", "seed", "object", "style"])
 
 
@@ -99,10 +82,9 @@ def run(cells: Cells, rows: dict[str, Method], targets: list[str], seeds: list[i
                     continue
                 started, cost = time.perf_counter(), {}
                 if name == ORACLE:
-                    try:
-                        pictures = look(duge.load_oracle(pipe, target), target)
-                    except duge.errors.ModelNotFoundError:
+                    if not (duge.data_dir() / f"doodle-oracle-{target.replace(' ', '-')}").is_dir():
                         continue
+                    pictures = look(duge.load_oracle(pipe, target), target)
                 else:
                     began = time.process_time()
                     run = method.forget(pipe, target, seed)
@@ -267,20 +249,14 @@ def summarise(cells: Cells) -> None:
     if not rows:
         return
     order = [n for n in methods() if n in rows]
-    table(
-        pd.DataFrame({n: rows[n] for n in order}).T.rename_axis("row").infer_objects(),
-        cells.path.with_suffix(".csv"),
-    )
-    points = pd.DataFrame(
-        {n: [min(1.0, rows[n]["others"]), rows[n]["gone"]] for n in order if n != BASE},
-        index=["kept", "gone"],
-    ).T.astype(float)
+    frame = pd.DataFrame({n: rows[n] for n in order}).T.rename_axis("row").infer_objects()
+    table(frame, cells.path.with_suffix(".csv"))
+    points = frame[["others", "gone"]].astype(float).clip(upper=1.0).drop(BASE, errors="ignore")
     cells.path.with_suffix(".png").write_bytes(figures.trade_off(points).png())
 
 
 def summarise_sweep(cells: Cells, base: Cells) -> None:
-    reader = Reader(base)
-    lines = [c for c in cells.read(reader) if "gone" in c]
+    lines = [c for c in cells.read(Reader(base)) if "gone" in c]
     if not lines:
         return
     rows = rows_of(lines)
@@ -290,10 +266,8 @@ def summarise_sweep(cells: Cells, base: Cells) -> None:
     frame = pd.DataFrame(rows).T.rename_axis("row").infer_objects()
     table(frame, cells.path.with_suffix(".csv"))
     points = frame[["cpu s", "quality"]].astype(float)
-    figure, axes = figures._plot(
-        9, 4.2, title="The exact solver's settings: the worst of five shares, by seconds"
-    )
-    one = axes[0, 0]
+    title = "The exact solver's settings: the worst of five shares, by seconds"
+    figure, ((one,),) = figures._plot(9, 4.2, title=title)
     marks = dict(zip(["default", *SWEEP], "*osD^v", strict=True))
     for setting, mark in marks.items():
         mine = points[[n.split()[0] == setting for n in points.index]]
@@ -301,12 +275,8 @@ def summarise_sweep(cells: Cells, base: Cells) -> None:
         for name, (x, y) in mine.iterrows():
             one.annotate(name.split()[-1], (x, y), (5, 4), textcoords="offset points", fontsize=7)
     one.legend(fontsize=8, loc="lower right")
-    figures._tidy(
-        one,
-        "",
-        "processor seconds of a first request, drawing included",
-        "worst of gone, styled, others, related, styles",
-    )
+    labels = "processor seconds of a first request", "worst of gone, styled, others, related, styles"
+    figures._tidy(one, "", *labels)
     cells.path.with_suffix(".png").write_bytes(figure.png())
 
 
@@ -317,13 +287,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--rounds", type=int, default=3, help="of the timing")
     parser.add_argument("--starts", type=int, default=2, help="of the inversion")
-    for part in ("timing", "inversion", "sweep", "table"):
+    for part in ("cells", "timing", "inversion", "sweep", "table", "no-table"):
         parser.add_argument(f"--{part}", action="store_true")
-    parser.add_argument("--no-table", action="store_true")
     args = parser.parse_args(words)
     cells, settings, rows = Cells(RESULTS / "single.jsonl"), Cells(RESULTS / "sweep.jsonl"), chosen(args.only)
-    everything = not (args.timing or args.inversion or args.sweep or args.table)
-    if everything:
+    everything = not (args.cells or args.timing or args.inversion or args.sweep or args.table)
+    if args.cells or everything:
         run(cells, rows, args.targets, args.seeds)
     if args.timing or everything:
         timing(cells, rows, args.rounds)
