@@ -79,11 +79,11 @@ def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
 def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
     """What the solved matrix reads: (P, 1, R, C), what the heads say, for the output matrix; (P, heads, R, D),
     the text as each head hears it, for the values."""
-    z = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
+    maps = attention_maps(attn, hidden, text)  # (P, heads, R, T)
     if solve == "values":
-        return z
-    said = z @ attn.to_v.weight.float().unflatten(0, (attn.heads, -1)).mT  # (P, heads, R, C / heads)
-    return said.transpose(1, 2).flatten(2)[:, None]
+        return maps @ text[:, None].float()
+    values = (text.float() @ attn.to_v.weight.float().mT).unflatten(-1, (attn.heads, -1))  # first: they are few
+    return (maps @ values.transpose(1, 2)).transpose(1, 2).flatten(2)[:, None]
 
 
 def solved_matrix(attn: Attention, solve: str) -> Tensor:
