@@ -3,13 +3,15 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.stamp
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
+# Two workers of one thread each; one of them at a time takes all tests of a group; long ones come first.
+PYTEST = $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --nbmake --nbmake-timeout=900
 EXECUTE = $(PY) -m nbconvert --log-level=ERROR --execute --ExecutePreprocessor.timeout=900 \
 	--ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False
 
 ROOT_TOO = $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one often is
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test colab quick run notebooks badges lint format wheel clean
+.PHONY: help lab test colab quick nightly run notebooks badges lint format wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,18 +27,21 @@ lab: $(STAMP)  ## open the course in JupyterLab
 	$(PY) -m jupyter lab notebooks $(ROOT_TOO)
 
 test: $(STAMP)  ## all tests, and every notebook executed from top to bottom
-	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=900
+	$(PYTEST) notebooks tests
 
-colab: $(STAMP) .colab/.stamp  ## some notebooks again, with the packages that Colab brings
-	PYTHONPATH=$(CURDIR)/.colab $(PY) -m pytest --nbmake --nbmake-timeout=900 $(foreach n,00 01 03,$(wildcard notebooks/$n_*.ipynb))
+colab: $(STAMP) .colab/.stamp  ## small copies of some notebooks, with the packages that Colab brings
+	DUGE_COLAB=$(CURDIR)/.colab $(PYTEST) tests/test_colab.py
 
 .colab/.stamp: constraints-colab.txt $(STAMP)
 	@rm -rf .colab
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --target .colab -r constraints-colab.txt
 	@touch $@
 
-quick: $(STAMP)  ## the fast tests only
-	$(PY) -m pytest tests -m "not slow"
+quick: $(STAMP)  ## the fast tests only: a minute
+	$(PYTEST) tests -m "not slow and not nightly"
+
+nightly: $(STAMP)  ## what takes too long for every change: all sizes, all moments
+	$(PYTEST) tests -m nightly
 
 run: $(STAMP)  ## execute every notebook into a web page in build/
 	$(EXECUTE) --to html --output-dir build $(NOTEBOOKS)

@@ -18,9 +18,9 @@ _diffusers.StableDiffusionPipeline  # noqa: B018 (imported lazily: touch it whil
 _logging.set_verbosity(_verbosity)
 
 from . import checks, doodles, errors, losses, processes  # noqa: E402
+from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
 from .concepts import Concept, ModelCard, model_card  # noqa: E402
 from .config import UnlearnConfig  # noqa: E402
-from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
 from .evaluation import Judge, evaluate  # noqa: E402
 from .models import data_dir, load_oracle, load_pipeline, results_dir, sample  # noqa: E402
 from .sequence import UnlearningSequence, unlearn_sequence  # noqa: E402
@@ -29,7 +29,8 @@ from .viewer import compare  # noqa: E402
 
 __version__ = "0.2.0"
 __all__ = [
-    "AttentionTrace", "Concept", "Judge", "ModelCard", "UnlearnConfig", "UnlearningRun", "UnlearningSequence", "checks", "compare",
+    "AttentionTrace", "Concept", "Judge", "ModelCard", "UnlearnConfig", "UnlearningRun", "UnlearningSequence",
+    "checks", "compare",
     "data_dir", "doodles", "edit_attention", "errors", "evaluate", "load_oracle", "load_pipeline", "losses",
     "model_card", "processes", "record_attention", "results_dir", "sample", "trace", "unlearn",
     "unlearn_sequence", "unlearn_steps",

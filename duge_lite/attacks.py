@@ -19,10 +19,10 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from .concepts import model_card
 from .doodles import captions
 from .errors import DivergedError
 from .evaluation import Judge, check_countable, wilson_interval
-from .concepts import model_card
 from .gradient import Lessons, Noised, training
 from .losses import prior_preservation_loss
 from .models import Pictures, encode_prompts, overwrite, sample, swapped
@@ -43,7 +43,8 @@ def survey(
     """Draws ``images`` pictures for each group of ``prompts``, which take turns, and shows them to a judge.
 
     Picture i of a group starts from the noise of ``seed + i``. ``options`` are those of
-    :func:`duge_lite.sample`, but ``num_inference_steps`` defaults to the card's for previews. Returns a row per picture:
+    :func:`duge_lite.sample`, but ``num_inference_steps`` defaults to the card's for previews. Returns a row
+    per picture:
     ``group``, ``prompt``, ``picture`` (PIL), ``named`` (the one concept, or style, that the judge decides
     for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises UnknownConceptError for a concept
     that the card does not list, ValueError for one that its judge does not know.
@@ -54,7 +55,9 @@ def survey(
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in range(images)]
     frame = pd.DataFrame(rows, columns=["group", "prompt"])
     seeds = [seed + i for _ in prompts for i in range(images)]
-    pictures = sample(pipe, list(frame.prompt), seeds, **{"num_inference_steps": card.sampling_steps} | options)
+    pictures = sample(
+        pipe, list(frame.prompt), seeds, **{"num_inference_steps": card.sampling_steps} | options
+    )
     frame["picture"] = pd.Series(pictures, dtype=object)
     frame["named"] = judge.names(pictures, card.styles if concept in card.styles else card.judged)
     return frame.assign(seen=judge.sees(pictures, concept))

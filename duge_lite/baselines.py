@@ -1,9 +1,9 @@
 """Other ways to forget, each in its own published form.
 
-ESD-x, concept ablation and gradient ascent are :class:`~duge_lite.gradient.Objective` values, with the settings
-that their papers' code has, as far as they carry over; UCE solves for its weights. What differs is said in each
-docstring. None of them gets our regularization, our revisits or our prior-preservation loss unless the caller
-asks for it.
+ESD-x, concept ablation and gradient ascent are :class:`~duge_lite.gradient.Objective` values, with the
+settings that their papers' code has, as far as they carry over; UCE solves for its weights. What differs is
+said in each docstring. None of them gets our regularization, our revisits or our prior-preservation loss
+unless the caller asks for it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _predicts(learner: Pass, wanted: tuple[Tensor, ...]) -> Tensor:
 def esd(negative_guidance: float = 1.0) -> tuple[Objective, UnlearnConfig]:
     """Erased Stable Diffusion (ESD-x): predict, for the concept, noise that leads away from it.
 
-    Target ``e_u - eta * (e_c - e_u)`` from the frozen reference, with the empty prompt for u, on pictures that
-    are caught half-drawn at guidance 3, the first moment included; all of the cross-attention learns
+    Target ``e_u - eta * (e_c - e_u)`` from the frozen reference, with the empty prompt for u, on pictures
+    that are caught half-drawn at guidance 3, the first moment included; all of the cross-attention learns
     (Gandikota et al., arXiv 2303.07345, eq. 7 and algorithm 1). Differs from the paper's code: the half-drawn
     pictures are the reference's, not those of the model as it changes, in batches of 8 and not one by one.
     """
@@ -50,7 +50,7 @@ def esd(negative_guidance: float = 1.0) -> tuple[Objective, UnlearnConfig]:
 
 
 def concept_ablation(anchor: str, lambda_prior: float = 0.0) -> tuple[Objective, UnlearnConfig]:
-    """Ablating concepts: answer for the concept what the model itself answers for ``anchor``, an object that stays.
+    """Ablating concepts: answer for the concept what the model answers for ``anchor``, an object that stays.
 
     Kumari et al., arXiv 2303.13516, the model-based variant: pictures of the anchor, the prompt names the
     concept, the target is the learning model's own answer for the anchor under a stopped gradient; keys and
@@ -90,8 +90,9 @@ def uce(
 ) -> UnlearningRun:
     """Unified concept editing: K and V of every cross-attention layer, in closed form, in place.
 
-    For token states c of the concept's name the layer is to answer what it answers for the anchor's (the empty
-    prompt by default), for states p of ``preserve`` (by default the card's other concepts) what it always did::
+    For token states c of the concept's name the layer is to answer what it answers for the anchor's (the
+    empty prompt by default), for states p of ``preserve`` (by default the card's other concepts) what it
+    always did::
 
         W = (sum W0 a c^T + sum W0 p p^T + ridge W0) (sum c c^T + sum p p^T + ridge I)^-1
 
@@ -127,7 +128,7 @@ def uce(
     before = {n: w.detach().cpu().clone() for n, w in matrices.items()}
     overwrite(matrices, {n: w.double().cpu() @ change for n, w in matrices.items()})
     if book:
-        book.gone_at[fingerprint(pipe)] = (*gone, *goes)
+        book.gone_at.setdefault(fingerprint(pipe), (*gone, *goes))
     history = pd.DataFrame(index=pd.Index([], name="layer"))
     seconds = time.perf_counter() - started
     return UnlearningRun(pipe, goes, UnlearnConfig(), history, seconds, before, base, "UCE")

@@ -60,7 +60,9 @@ class Concept:
 
     def named_in(self, prompt: str) -> bool:
         """Whether ``prompt`` asks for it: one of its prompts, or its name as whole words anywhere."""
-        return prompt in self.prompts or bool(re.search(rf"\b{re.escape(self.name)}\b", prompt, re.I))
+        return prompt in self.prompts or bool(
+            re.search(rf"(?<!\w){re.escape(self.name)}(?!\w)", prompt, re.I)
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class ModelCard:
 
     @property
     def forgettable(self) -> tuple[str, ...]:
-        """All that the card lists and that can be asked to go: the concepts, and every style but the plain."""
+        """All that the card lists and that can be asked to go: concepts, and every style but the plain."""
         return self.concepts + self.styles[1:]
 
     def prompts(self, concept: str) -> list[str]:
@@ -203,7 +205,7 @@ class ModelCard:
         return Concept(name, self.prompts(name), self.nameless(name))
 
     def memory_prompts(self, size: int | None = None, seed: int = 0) -> list[str]:
-        """What is to stay: ``size`` prompts, spread evenly over concepts and styles; by default all there are.
+        """What is to stay: ``size`` prompts, spread over concepts and styles evenly; by default all of them.
 
         Each round names every concept once, the styles in turn; the prompts without a name stand last.
         """

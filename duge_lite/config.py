@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 
 import pandas as pd
 
@@ -19,7 +20,7 @@ TRAINABLE: dict[str, Callable[[str], bool]] = {
     "kv": lambda name: ".attn2.to_k" in name or ".attn2.to_v" in name,
     "full": lambda name: True,
 }
-"""Which weights the gradient solver lets learn, by the name of the choice: a test of each parameter's name."""
+"""Which weights the gradient solver lets learn, by the choice's name: a test of each parameter's name."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,16 @@ class UnlearnConfig:
         solver: "exact": the losses' minimum at once, in seconds (:mod:`duge_lite.solver`); "gradient": the
             paper's form, step by step through the whole denoiser (:mod:`duge_lite.gradient`): minutes, and
             harder to bring back by a learned word (benchmarks/results).
-        lambda_attention, lambda_prior, lambda_regularization: weights of the three losses; None for those that
-            suit the solver. The exact solver counts the regularization in units of the mean square of what a
-            head hears.
+        lambda_attention, lambda_prior, lambda_regularization: weights of the three losses; None for those
+            that suit the solver. The exact solver counts the regularization in units of the mean square of
+            what a head hears.
         instead: what is asked in the place of a concept of the model's card: "nearest", the kept concept that
             is nearest by the model's own answers; "nameless", the prompt with the name left out ("a neon
             sign" for "a neon sign of an apple"); or the name of a concept that stays.
         eta: how far past what is asked instead the target lies.
         memory_size: how many prompts are remembered; None for all that the card has.
-        solve: which matrix of each layer the exact solver solves for: "output", through which every word has to
-            pass, or "values", which a learned word can walk around (benchmarks/results).
+        solve: which matrix of each layer the exact solver solves for: "output", through which every word has
+            to pass, or "values", which a learned word can walk around (benchmarks/results).
         num_inference_steps, places: moments, and places per layer and moment, that the exact solver looks at.
         iterations, batch_size, memory_batch_size, lr, grad_clip: of the gradient solver's AdamW.
         target_size, lessons: of the gradient solver: pictures of the concept, and how many noisy versions of
@@ -85,14 +86,23 @@ class UnlearnConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: expected a whole number, at least 1")
         for name in ("lr", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected a number above 0")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value!r}: expected a number above 0")
         for name in ("lambda_attention", "lambda_prior", "lambda_regularization", "eta"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} = {value}: expected 0 (off) or more")
-        if not 0 <= self.revisit < 1:
-            raise ValueError(f"revisit = {self.revisit}: expected a share from 0 (never) to below 1")
+            if value is None and name != "eta":
+                continue
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} = {value!r}: expected 0 (off) or more")
+        if not isinstance(self.revisit, Real) or not 0 <= self.revisit < 1:
+            raise ValueError(f"revisit = {self.revisit!r}: expected a share from 0 (never) to below 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed = {self.seed!r}: expected a whole number")
+        if not isinstance(self.instead, str):
+            raise ValueError(
+                f'instead = {self.instead!r}: expected "nearest", "nameless" or a concept\'s name'
+            )
         if not isinstance(self.measure_every, int) or self.measure_every < 0:
             raise ValueError(f"measure_every = {self.measure_every!r}: expected 0 (never) or a whole number")
         choices = {

@@ -268,10 +268,8 @@ def sequence_metrics(matrix: pd.DataFrame, requests: Sequence[str], card: ModelC
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(values), name="after"))
 
 
-def err(
-    forgetting: float, retention: float, adjacent: float, indirect: float, adversarial: float
-) -> float:
-    """ERR: the harmonic mean of five shares, as the Genmu challenge defines it (of the lab of DUGE's authors).
+def err(forgetting: float, retention: float, adjacent: float, indirect: float, adversarial: float) -> float:
+    """ERR: the harmonic mean of five shares, as the Genmu challenge of DUGE's authors' lab defines it.
 
     ``forgetting``: of the prompts that name the concept, how many do not draw it; ``indirect``: the same of
     prompts that mean it without its name; ``adversarial``: the same under attack; ``retention``: of other

@@ -1,8 +1,8 @@
 """Forgetting, searched: the losses go down their slope, step by step, through the whole denoiser.
 
-The paper's form of DUGE, and the road of the methods that it is compared with (:mod:`duge_lite.baselines`). First
-ask, then learn: before anything is trained the frozen reference says what it predicts and hears for noisy
-versions of pictures that it drew itself. So it is no second model, and no iteration pays for it.
+The paper's form of DUGE, and the road of the methods that it is compared with (:mod:`duge_lite.baselines`).
+First ask, then learn: before anything is trained the frozen reference says what it predicts and hears for
+noisy versions of pictures that it drew itself. So it is no second model, and no iteration pays for it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Noised:
         card: ModelCard,
         guidance_scale: float,
     ) -> Noised:
-        """``count`` moments of the pipeline's drawing of ``prompts``, the first one too: as the sampler meets them."""
+        """``count`` moments of the drawing of ``prompts``, the first one too: as the sampler meets them."""
         seen: list[Tensor] = []  # of every prompt and moment, (4, h, w)
 
         def look(unet: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -123,8 +123,8 @@ class Objective:
 
     Attributes:
         name: for tables.
-        target: what is wanted for a batch of pictures, a tuple of tensors (B, ...), from two passes (asked for
-            the concept; asked for something instead), the true answer (the noise that was added) and the
+        target: what is wanted for a batch of pictures, a tuple of tensors (B, ...), from two passes (asked
+            for the concept; asked for something instead), the true answer (the noise that was added) and the
             settings.
         loss: a scalar, from the learning model's pass and the target.
         source: where it comes from.
@@ -160,7 +160,7 @@ DUGE = Objective(
     "arXiv 2503.13769; the target is ours",
     looks_at_attention=True,
 )
-"""The cross-attention loss: hear, when the concept is named, what you would hear if you were asked otherwise."""
+"""The cross-attention loss: hear, when the concept is named, what you would hear if asked otherwise."""
 
 
 # ---------------------------------------------------------------------------- the reference's answers
@@ -308,8 +308,8 @@ def trainable_parameters(
     """The tensors that ``config.train`` lets learn, by name. Raises ValueError for Stable Diffusion XL."""
     if unet.config.addition_embed_type is not None:
         raise ValueError(
-            "Stable Diffusion XL reads two texts and the picture's size beside them, which the gradient solver "
-            'does not know: leave solver="exact"'
+            "Stable Diffusion XL reads two texts and the picture's size beside them, which the gradient "
+            'solver does not know: leave solver="exact"'
         )
     return {name: p for name, p in unet.named_parameters() if TRAINABLE[train](name)}
 
@@ -423,9 +423,17 @@ def gradient_steps(
                     _check_finite(losses, norm, step, config)
                 scaler.step(optimizer)
                 scaler.update()
+                if step == config.iterations:  # no later loss would show what the last step did
+                    with (
+                        torch.no_grad(),
+                        watching(unet, objective, config, memory.latents.shape[-2:]) as record,
+                    ):
+                        with mixed:
+                            last = batch_losses(unet, forget, keep, objective, record, config)
+                    _check_finite(dict(zip(losses, last, strict=False)), torch.zeros(()), step, config)
                 if not all(torch.isfinite(p).all() for p in trained.values()):
                     raise DivergedError(_advice("a weight is no number any more", step, config))
-                values = [float(v) for v in (loss, *losses.values())]
+                values = [float(v.detach()) for v in (loss, *losses.values())]
                 with rounded(trained, stored):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
         except DivergedError:
@@ -435,9 +443,9 @@ def gradient_steps(
             put_back()
             raise OutOfMemoryError(
                 f"{device} ran out of memory at iteration {step}; the weights are back as they were. Lower "
-                f"batch_size (now {config.batch_size}) and memory_batch_size (now {config.memory_batch_size}), "
-                "call pipe.unet.enable_gradient_checkpointing(), or train less with "
-                f'train="kv" (now "{config.train}").'
+                f"batch_size (now {config.batch_size}) and memory_batch_size (now "
+                f"{config.memory_batch_size}), call pipe.unet.enable_gradient_checkpointing(), or train less "
+                f'with train="kv" (now "{config.train}").'
             ) from error
 
 

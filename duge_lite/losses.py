@@ -8,8 +8,8 @@ The total that unlearning minimises is
 reviews of the paper, so what is uncertain is an argument here, and each default is *ours*.
 
 Both solvers minimise these functions: :mod:`duge_lite.gradient` goes down their slope, step by step;
-:mod:`duge_lite.solver` sets them to their minimum at once, which it can because it looks at what each head of a
-layer says, and that is linear in the layer's values.
+:mod:`duge_lite.solver` sets them to their minimum at once, which it can because it looks at what each head of
+a layer says, and that is linear in the layer's values.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def prior_preservation_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def regularization_loss(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
-    r"""Mean squared distance of the trained weights from an anchor: :math:`R = \frac1N |\theta - \bar\theta|^2`.
+    r"""Mean squared distance of the weights from an anchor: :math:`R = \frac1N |\theta - \bar\theta|^2`.
 
     ``parameters`` are the trained tensors by name, ``anchor`` the same tensors, frozen. Returns a scalar.
     Raises ValueError when they do not fit. That there is a regularizer on the parameters is the paper's; its

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -104,7 +105,7 @@ class UnlearningSequence:
         """
         if not 0 <= at <= len(self.runs):
             raise ValueError(f"at = {at}: expected a number from 0 (the base) to {len(self.runs)}")
-        return self._after[at - 1] if at else {}
+        return ChainMap(*reversed(self._after[:at])) if at else {}  # a request need not change all of them
 
     def pipeline(self, at: int) -> DiffusionPipeline:
         """The pipeline as it was after request ``at`` (in place); 0 for the model that it began with."""
@@ -133,7 +134,7 @@ class UnlearningSequence:
         return matrix.rename_axis(columns="concept")
 
     def metrics(self, matrix: pd.DataFrame) -> pd.DataFrame:
-        """What is gone and what is kept after each request; see :func:`duge_lite.evaluation.sequence_metrics`."""
+        """What is gone and kept after each request; see :func:`duge_lite.evaluation.sequence_metrics`."""
         return sequence_metrics(matrix, self.concepts, self.card)
 
     def drift(self) -> pd.DataFrame:
@@ -160,7 +161,7 @@ class UnlearningSequence:
         return pd.DataFrame(rows).set_index(["request", "kind"]) if rows else pd.DataFrame()
 
     def append(self, run: UnlearningRun, saved: Path | None = None) -> None:
-        """Takes in what was just done to the pipeline, by whatever method; ``saved`` is where it is on disk."""
+        """Takes in what was just done to the pipeline, by any method; ``saved`` is where it is on disk."""
         if saved is None:
             self._after.append(run.weights())
         else:
@@ -168,6 +169,10 @@ class UnlearningSequence:
             before = self._after[-2] if len(self._after) > 1 else self.base
             run.before = before if set(before) >= set(run.before) else run.before  # on disk already
         self.runs.append(run)
+
+    def _folders(self, step: int) -> list[Path]:
+        """The folders of a step: one, or none yet; drafts left out."""
+        return [p for p in self.directory.glob(f"step_{step:02d}_*") if p.suffix != ".part"]
 
     def request(self, concept: Concept) -> UnlearningRun:
         """One more concept to forget: from disk if it was done before, else now."""
@@ -182,8 +187,7 @@ class UnlearningSequence:
                 )
         else:
             if step is not None:
-                others = [p for p in self.directory.glob(f"step_{k:02d}_*") if p.suffix != ".part"]
-                if others:
+                if others := self._folders(k):
                     raise ValueError(
                         f"{self.directory} holds another sequence: {others[0].name} instead of {step.name}"
                     )
@@ -214,8 +218,8 @@ class UnlearningSequence:
         self.pipeline(at=k)
         for step in reversed(range(k, len(self.runs))):  # the last first: what is left is a sequence, always
             if self.directory is not None:
-                folder = next(self.directory.glob(f"step_{step + 1:02d}_*[!.part]"))
                 if is_main():
+                    folder = self._folders(step + 1)[0]
                     os.replace(folder, folder.with_name(folder.name + ".part"))
                     shutil.rmtree(folder.with_name(folder.name + ".part"))
         del self.runs[k:], self._after[k:]
@@ -304,7 +308,7 @@ def _open(
     card: ModelCard,
     memory: Sequence[str] | None,
 ) -> Mapping[str, Tensor]:
-    """Starts a directory, or checks that it was started by the same request; the pipeline is then at step 0."""
+    """Starts a directory, or checks that the same request did; the pipeline is then at step 0."""
     about = {"objective": objective.name, "card": card.name, "memory": memory and list(memory)}
     about["config"] = asdict(config)
     file, weights = folder / "sequence.json", cross_attention_weights(pipe.unet)
@@ -333,11 +337,12 @@ def _open(
             other = [
                 f"{k} ({known.get(k)!r}, now {v!r})" for k, v in about["config"].items() if known.get(k) != v
             ]
-        if not other and set(base) == set(weights):
+        if not other and {n: w.shape for n, w in base.items()} == {n: w.shape for n, w in weights.items()}:
             overwrite(weights, base)
         if other or fingerprint(pipe) != model:
             overwrite(weights, now)
             raise ValueError(
-                f"{folder} holds a sequence of another {', '.join(other) or 'model'}: choose another directory"
+                f"{folder} holds a sequence of another {', '.join(other) or 'model'}: "
+                "choose another directory"
             )
     return Saved(folder / "base.safetensors")

@@ -1,20 +1,21 @@
 r"""Forgetting, solved: with the attention maps kept, the three losses are a linear system (ours).
 
-A cross-attention layer writes, at a place p of the picture, ``o_p = O f_p + b``. Here f_p is what its heads say
-(C numbers): ``V_h z_p`` of each head, and z_p is the text as that head hears it, the token vectors averaged with
-its attention. As long as only the output matrix O learns, the three losses are sums of squares of one unknown,
+A cross-attention layer writes, at a place p of the picture, ``o_p = O f_p + b``. Here f_p is what its heads
+say (C numbers): ``V_h z_p`` of each head, and z_p is the text as that head hears it, the token vectors
+averaged with its attention. As long as only the output matrix O learns, the three losses are sums of squares
+of one unknown,
 
 .. math:: \lambda_U E|O f - O_0 f^*|^2 + \lambda_{pr} E|O f - O_0 f|^2 + \lambda_R |O - O_0|^2
 
-over places of pictures of what goes (f* is what the heads would say if they were asked for something else) and
-of what stays. The minimum is one C x C solve per layer::
+over places of pictures of what goes (f* is what the heads would say if they were asked for something else)
+and of what stays. The minimum is one C x C solve per layer::
 
     O = O0 (X + r) (S + r)^-1,   S = mean f f^T,   X = mean f* f^T,   f* = f for what stays
 
-There is no gradient, no learning rate and no second model, and all that the denoiser has to do is to draw. The
-means of several requests add up, so that their order cannot matter. The layer is linear in its values V as well,
-with z in the place of f, a D x D solve per head: ``solve="values"``. That forgets as well, but a learned word
-finds its way around it; every word has to pass through O.
+There is no gradient, no learning rate and no second model, and all that the denoiser has to do is to draw.
+The means of several requests add up, so that their order cannot matter. The layer is linear in its values V
+as well, with z in the place of f, a D x D solve per head: ``solve="values"``. That forgets too, but a learned
+word finds its way around it; every word has to pass through O.
 
 The hidden states behind f are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
 prompt. What is to stay and what may go later are the same pictures; a request only changes what is wanted of
@@ -43,6 +44,7 @@ from torch import Tensor
 from .attention import cross_attention_layers
 from .concepts import Concept, ModelCard, wishes
 from .config import UnlearnConfig
+from .errors import DivergedError
 from .losses import attention_target
 from .models import Pictures, draw_pictures, encode_prompts, swapped
 from .processes import from_main, gathered, share
@@ -67,7 +69,7 @@ def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Paramet
 
 
 def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
-    """Where each head of a layer looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
+    """Where each head looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
 
     The layer's own Q and K, as in diffusers' plain processor.
     """
@@ -77,12 +79,15 @@ def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
 
 
 def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
-    """What the solved matrix reads: (P, 1, R, C), what the heads say, for the output matrix; (P, heads, R, D),
-    the text as each head hears it, for the values."""
+    """What the solved matrix reads at ``hidden`` (P, R, C) of ``text`` (P, T, D).
+
+    For the output matrix what the heads say, (P, 1, R, C); for the values the text as each head hears it,
+    (P, heads, R, D).
+    """
     maps = attention_maps(attn, hidden, text)  # (P, heads, R, T)
     if solve == "values":
         return maps @ text[:, None].float()
-    values = (text.float() @ attn.to_v.weight.float().mT).unflatten(-1, (attn.heads, -1))  # first: they are few
+    values = (text.float() @ attn.to_v.weight.float().mT).unflatten(-1, (attn.heads, -1))  # first: few
     return (maps @ values.transpose(1, 2)).transpose(1, 2).flatten(2)[:, None]
 
 
@@ -99,7 +104,7 @@ def _exact(x: Tensor) -> Tensor:
 
 
 class Sums:
-    """Means over places and prompts of f f^T, f* f^T and f* f*^T: ``heard``, ``wanted``, ``size``, (heads, F, F)."""
+    """Means over places and prompts, (heads, F, F): ``heard`` f f^T, ``wanted`` f* f^T, ``size`` f* f*^T."""
 
     def __init__(self, said: Tensor, instead: Tensor | None = None) -> None:
         """``said`` (P, heads, R, F) is f; ``instead`` (P, heads, R, F) is f*, None for what is to stay."""
@@ -118,7 +123,7 @@ class Sums:
 
 
 def solve_matrix(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float | Tensor) -> Tensor:
-    """W = W0 (X + r I) (S + r I)^-1: ``reference`` (heads, channels, F), ``heard`` S, ``wanted`` X (heads, F, F).
+    """W = W0 (X + r I) (S + r I)^-1; S ``heard``, X ``wanted``: (heads, F, F); W0: (heads, channels, F).
 
     Where S has no inverse (no ridge, little heard) the least change that fits is taken.
     """
@@ -126,7 +131,8 @@ def solve_matrix(reference: Tensor, heard: Tensor, wanted: Tensor, ridge: float 
     left = heard + ridge * eye
     change = reference @ (wanted - heard)  # of W, times S + r
     solved, info = torch.linalg.solve_ex(left, change, left=False)
-    if info.any() or not torch.isfinite(solved).all():
+    # without a ridge the elimination can pass over a pivot that is rounding alone
+    if info.any() or not torch.as_tensor(ridge).all():
         solved = change @ torch.linalg.pinv(left, hermitian=True)
     return reference + solved
 
@@ -137,8 +143,8 @@ class PictureBook:
     Attributes:
         card: of the model.
         memory: prompts of what is to stay, until it goes.
-        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places`` places
-            at each of ``steps`` moments, of both halves of guidance.
+        seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places``
+            places at each of ``steps`` moments, of both halves of guidance.
         reference: the cross-attention weights of the base model, by name, in main memory.
     """
 
@@ -162,7 +168,7 @@ class PictureBook:
         self.base = fingerprint(pipe)
         self.gone_at: dict[str, tuple[Concept, ...]] = {self.base: ()}
         self.seen: dict[str, dict[str, Tensor]] = {}
-        self._rankings: dict[str, pd.Series] = {}
+        self._rankings: dict[Concept, pd.Series] = {}
         self._latents: dict[str, Tensor] = {}
 
     @classmethod
@@ -174,7 +180,7 @@ class PictureBook:
         memory: Sequence[str] | None = None,
         directory: Path | None = None,
     ) -> PictureBook:
-        """The book of ``pipe``: the one there is, as long as the weights are ones that it knows; else a new one.
+        """The book of ``pipe``: the one there is, while the weights are ones that it knows; else a new one.
 
         A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
         """
@@ -182,7 +188,7 @@ class PictureBook:
         with old.at_base(pipe) if old else nullcontext():
             new = cls(pipe, card, config, memory)
         if old is not None:
-            if old._settings() == new._settings():
+            if old._settings() == new._settings() and old.card == card:
                 return old
             new.gone_at = old.gone_at
         if directory is not None:
@@ -197,7 +203,8 @@ class PictureBook:
         return book if book is not None and fingerprint(pipe) in book.gone_at else None
 
     def _settings(self) -> tuple:
-        return (self.card.name, self.memory, self.steps, self.places, self.seed)
+        about_card = (self.card.name, self.card.guidance_scale)
+        return (about_card, self.memory, self.steps, self.places, self.seed)
 
     def gone(self, pipe: DiffusionPipeline) -> tuple[Concept, ...]:
         """What the pipeline has forgotten by now, by the weights that it has."""
@@ -213,7 +220,7 @@ class PictureBook:
         """What the reference draws for ``prompts``; each is drawn once."""
         if missing := [p for p in dict.fromkeys(prompts) if p not in self._latents]:
             with self.at_base(pipe):
-                drawn = draw_pictures(pipe, missing, seed=1_500_000 + self.seed, card=self.card)
+                drawn = draw_pictures(pipe, missing, self._seeds(missing), self.card)
             self._latents |= dict(zip(missing, drawn.latents, strict=True))
         latents = torch.stack([self._latents[p] for p in prompts])
         return Pictures(latents, encode_prompts(pipe, prompts), tuple(prompts))
@@ -246,20 +253,24 @@ class PictureBook:
         hooks = [
             attn.register_forward_pre_hook(look(name), with_kwargs=True) for name, attn in self.layers.items()
         ]
-        seeds = [zlib.crc32(f"{self.seed} {p}".encode()) for p in prompts]  # of the concept, not the request
         try:
             pipe(
                 list(prompts),
                 num_inference_steps=self.steps,
                 guidance_scale=self.card.guidance_scale,
-                generator=[torch.Generator().manual_seed(s) for s in seeds],
+                generator=[torch.Generator().manual_seed(s) for s in self._seeds(prompts)],
                 output_type="latent",
             )
         finally:
             for hook in hooks:
                 hook.remove()
-        drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
+        with torch.autocast("cpu", enabled=False):  # a caller's, in another kind of 16 bits
+            drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
         return [(p, {n: x[i].clone() for n, x in drawn.items()}) for i, p in enumerate(prompts)]
+
+    def _seeds(self, prompts: Sequence[str]) -> list[int]:
+        """Of the prompt, not of the request: what is drawn does not depend on what else is."""
+        return [zlib.crc32(f"{self.seed} {p}".encode()) for p in prompts]
 
     def _rows(self, layer: str, prompts: Sequence[str]) -> Tensor:
         """(P, R, C), on the layer's device."""
@@ -270,26 +281,26 @@ class PictureBook:
     def ranking(self, pipe: DiffusionPipeline, concept: Concept) -> pd.Series:
         """How far each of the card's concepts is from ``concept``: the nearest first.
 
-        The squared distance of what the heads say at the concept's pictures when they are asked for the one in
-        place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv 2512.02657,
-        which compares predictions of noise).
+        The squared distance of what the heads say at the concept's pictures when they are asked for the one
+        in place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv
+        2512.02657, which compares predictions of noise).
         """
-        if concept.name in self._rankings:
-            return self._rankings[concept.name]
+        if concept in self._rankings:
+            return self._rankings[concept]
         self.draw(pipe, concept.prompts)
         device, others = pipe.unet.device, [c for c in self.card.concepts if c != concept.name]
         own = encode_prompts(pipe, concept.prompts).to(device)
-        texts = {o: encode_prompts(pipe, self.card.prompts(o)).to(device) for o in others}
+        texts = {o: encode_prompts(pipe, _matched(self.card.prompts(o), concept)).to(device) for o in others}
         far = dict.fromkeys(others, 0.0)
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(device.type, enabled=False):
             for name, attn in self.layers.items():
                 hidden = self._rows(name, concept.prompts)
                 said = heard(attn, hidden, own, "output")
                 for other, text in texts.items():
                     off = heard(attn, hidden, text, "output") - said
                     far[other] += float(off.square().sum() / said.square().sum()) / len(self.layers)
-        self._rankings[concept.name] = pd.Series(far, dtype=float).sort_values(kind="stable")
-        return self._rankings[concept.name]
+        self._rankings[concept] = pd.Series(far, dtype=float).sort_values(kind="stable")
+        return self._rankings[concept]
 
     def wishes(
         self, pipe: DiffusionPipeline, gone: Sequence[Concept], config: UnlearnConfig
@@ -304,13 +315,20 @@ class PictureBook:
             if concept.instead:
                 return concept.instead
             if config.instead == "nameless":
-                return self.card.nameless(concept.name)
-            if config.instead != "nearest":
-                return self.card.prompts(config.instead)
-            kept = [c for c in self.ranking(pipe, concept).index if c not in names]
-            if not kept:
-                raise ValueError('every concept is to go: say what is asked instead, or instead="nameless"')
-            return self.card.prompts(kept[0])
+                others = self.card.nameless(concept.name)
+            elif config.instead != "nearest":
+                other = self.card.concept(config.instead)
+                if other.style:
+                    raise ValueError(f"instead = {other.name!r} is a style: expected an object")
+                others = other.prompts
+            else:
+                kept = [c for c in self.ranking(pipe, concept).index if c not in names]
+                if not kept:
+                    raise ValueError(
+                        'every concept is to go: say what is asked instead, or instead="nameless"'
+                    )
+                others = self.card.prompts(kept[0])
+            return _matched(others, concept)
 
         ends = wishes(gone, choose)
         keep = [p for p in self.memory if p not in ends and not any(c.named_in(p) for c in gone)]
@@ -340,7 +358,7 @@ class PictureBook:
         )
         weights, rows = dict(self.reference), []
         matrix = "to_v" if config.solve == "values" else "to_out.0"
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(pipe.unet.device.type, enabled=False):
             for name, attn in self.layers.items():
                 old = _exact(solved_matrix(attn, config.solve))
                 kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
@@ -352,6 +370,8 @@ class PictureBook:
                     went = Sums(own, attention_target(own, other, "negative", config.eta))
                     read = read + lambda_attention * went.heard
                     wanted = wanted + lambda_attention * went.wanted
+                if not torch.isfinite(read + wanted).all():
+                    raise DivergedError(f"what {name} hears is not finite; the weights are as they were")
                 size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
                 new = solve_matrix(old, read, wanted, ridge * size)
                 weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1).cpu()  # 64 bits: not on the device
@@ -369,8 +389,17 @@ class PictureBook:
             return
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i} {n}": x for i, p in enumerate(self.seen) for n, x in self.seen[p].items()}
-        save_file(tensors, path.with_suffix(".part"), metadata=about)
-        os.replace(path.with_suffix(".part"), path)
+        draft = path.with_suffix(".part")
+        try:
+            save_file(tensors, draft, metadata=about)
+            os.replace(draft, path)
+        except (
+            SafetensorError,
+            OSError,
+        ) as error:  # a full disk: safetensors has its own kind of error for it
+            draft.unlink(missing_ok=True)
+            size = sum(x.nbytes for x in tensors.values()) / 1e6
+            raise OSError(f"could not write {path} ({error}): it needs {size:.1f} MB of free disk") from error
 
     def _read(self, directory: Path) -> None:
         """Takes what is on disk, if it was drawn by this model with these settings; else it is drawn anew."""
@@ -389,6 +418,11 @@ def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str
     row |= {f"prior {when}": kept.loss(w, old) for when, w in pairs.items()}
     row |= {f"regularization {when}": float((w - old).square().mean()) for when, w in pairs.items()}
     return row | {"change": float((new - old).norm() / old.norm())}
+
+
+def _matched(others: Sequence[str], concept: Concept) -> Sequence[str]:
+    """One for each prompt of ``concept``; the plain one for all, where its prompts are its own."""
+    return others if len(others) == len(concept.prompts) else [others[0]] * len(concept.prompts)
 
 
 def _about(path: Path) -> Mapping[str, str] | None:

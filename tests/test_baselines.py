@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from duge_lite.lessons import Noised, Pass, encode_prompts
 
 from duge_lite import baselines, unlearning
 from duge_lite.errors import UnknownConceptError
-from duge_lite.lessons import Noised, Pass, encode_prompts
 from duge_lite.models import model_card, sample
 from duge_lite.unlearning import UnlearnConfig, unlearn
 
@@ -39,6 +39,7 @@ def test_losses_by_hand(objective, expected):
     assert float(objective.loss(learner, wanted)) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [baselines.esd(), baselines.concept_ablation("orange"), baselines.gradient_ascent()]
 )

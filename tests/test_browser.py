@@ -1,4 +1,4 @@
-"""The viewer, the explorer and the studio in a real Chromium: a real JupyterLab, and a plain page.
+"""The viewer, the explorer, the studio and the timeline in a real Chromium: JupyterLab and a plain page.
 
 Skipped where Chromium is missing. ``DUGE_SCREENSHOTS=folder`` keeps pictures of what the browser showed.
 """
@@ -19,14 +19,17 @@ import pytest
 from nbconvert import HTMLExporter
 from test_viewer import noise_trace
 
+from duge_lite import figures
 from duge_lite.attention import AttentionTrace
-from duge_lite.viewer import compare
+from duge_lite.doodles import draw
+from duge_lite.viewer import Slides, compare
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),  # one browser and one server for all
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)"),
 ]
 
@@ -200,6 +203,39 @@ def test_light_follows_the_page(page, tmp_path, tokenizer):
     page.wait_for_function("e => e.classList.contains('dark')", arg=viewer.element_handle())
 
 
+def test_a_viewer_that_leaves_the_page_goes_quiet_and_one_that_comes_back_follows(page, tmp_path, tokenizer):
+    page.add_init_script(
+        """window.watching = 0; const own = MutationObserver.prototype;
+        const {observe, disconnect} = own, active = new Set();
+        const count = () => { window.watching = active.size; };
+        own.observe = function (...a) { active.add(this); count(); observe.apply(this, a); };
+        own.disconnect = function () { active.delete(this); count(); disconnect.call(this); };"""
+    )
+    viewer = open_page(page, tmp_path, blobs(tokenizer, apple=(0.2, 0.2))._repr_html_())
+    assert page.evaluate("window.watching") == 1
+    page.evaluate("window.host = document.querySelector('[data-duge]'); window.host.remove()")
+    assert page.evaluate("window.watching") == 0, "what has gone would be kept alive by what it watches"
+    page.evaluate("document.body.style.background = '#111'; document.body.append(window.host)")
+    assert page.evaluate("window.watching") == 1
+    assert "dark" in viewer.get_attribute("class")
+
+
+def test_slides_by_keyboard(page, tmp_path):
+    frames = [figures.image_grid([[draw(name)]], title=name).png() for name in ("apple", "harp", "star")]
+    slides = Slides(frames, ["an apple", "then a harp", 'a "star"'], "Three")
+    (tmp_path / "page.html").write_text('<meta charset="utf-8">' + slides._repr_html_() * 2, "utf-8")
+    page.goto((tmp_path / "page.html").as_uri())
+    slider = page.get_by_label("Three").first
+    slider.focus()
+    for text in ("then a harp", 'a "star"'):
+        page.keyboard.press("ArrowRight")
+        assert slider.get_attribute("aria-valuetext") == text
+    shown = [image.get_attribute("alt") for image in page.locator("img").all() if image.is_visible()]
+    assert shown == ['a "star"', "an apple"], "two on one page do not disturb each other"
+    assert page.locator("output").first.inner_text() == 'a "star"'
+    look(page, "slides")
+
+
 def test_without_scripts_the_picture_remains(browser, tmp_path, tokenizer):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
@@ -227,33 +263,58 @@ def test_in_exported_html(page, tmp_path, tokenizer):
 
 CELLS = [
     """import duge_lite as duge
-from duge_lite.explorer import attention_explorer
 pipe = duge.load_pipeline("tiny")
-app = attention_explorer(pipe, pipe, prompt="a photo of an apple")
-app.steps.value = 12  # the bar has many states
+app = duge.widgets.attention_explorer(pipe, pipe, prompt="a photo of an apple")
+app.steps.value = 4
 app""",
-    """duge.trace(pipe, "an apple next to an umbrella", steps=4)""",
+    """duge.trace(pipe, "an apple next to an umbrella", num_inference_steps=4)""",
     """pipe = None  # from here on, drawing fails
 app.pipes = (None,)""",
 ]
 FORGET = [
     """import duge_lite as duge
-from duge_lite.widgets import unlearning_studio
 pipe = duge.load_pipeline("tiny")
-sizes = dict(batch_size=2, memory_batch_size=2, target_size=2, memory_size=2, lessons=4)
-app = unlearning_studio(pipe, duge.UnlearnConfig(iterations=5000, **sizes))
-app.preview_every = app.curves_every = 5
-app"""
+how = duge.UnlearnConfig(num_inference_steps=1, places=4, memory_size=4)
+base = {n: p.clone() for n, p in pipe.unet.named_parameters()}
+app = duge.widgets.unlearning_studio(pipe, how)
+app""",
+    """print("the same:", all(p.equal(base[n]) for n, p in pipe.unet.named_parameters()))""",
+    """app.judge = 3  # from here on, judging fails""",
+]
+
+
+ERODE = [
+    """import duge_lite as duge
+pipe = duge.load_pipeline("tiny")
+how = duge.UnlearnConfig(num_inference_steps=1, places=4, memory_size=4)
+sequence = duge.unlearn_sequence(pipe, ["apple", "car"], how, progress=False)
+matrix = sequence.matrix(["apple", "car", "orange", "neon"], images=1, num_inference_steps=1)
+app = duge.widgets.erosion_timeline(sequence, matrix, ["apple", "orange", "car", "star"])
+app""",
+    """app.timeline = None  # from here on, drawing fails""",
+]
+
+
+ERODE = [
+    """import duge_lite as duge
+from duge_lite import widgets
+pipe = duge.load_pipeline("tiny")
+config = duge.UnlearnConfig(num_inference_steps=2, places=4, memory_size=4, instead="star")
+sequence = duge.unlearn_sequence(pipe, ["apple", "car"], config, progress=False)
+matrix = sequence.matrix(["apple", "car", "orange", "neon"], images=1, num_inference_steps=1)
+app = widgets.erosion_timeline(sequence, matrix, ["apple", "orange", "car", "star"])
+app""",
+    """app.timeline = None  # from here on, drawing fails""",
 ]
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, tiny_master):
-    """The address of a real JupyterLab on a folder with one notebook and a tiny model."""
+    """The address of a real JupyterLab on a folder with three notebooks and a tiny model."""
     folder = tmp_path_factory.mktemp("lab")
     tiny_master.save_pretrained(folder / "tiny")
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    for name, sources in {"see": CELLS, "forget": FORGET}.items():
+    for name, sources in {"see": CELLS, "forget": FORGET, "erode": ERODE}.items():
         cells = [nbformat.v4.new_code_cell(source) for source in sources]
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
     with socket.socket() as free:
@@ -332,22 +393,18 @@ def test_in_jupyterlab(page, lab):
     draw = page.get_by_role("button", name="Draw")
     draw.wait_for()
 
-    # the explorer draws: controls go off and come back, the bar moves, two pictures appear
+    # the explorer draws: controls go off and come back, two pictures appear
     page.evaluate(
-        """() => { window.seen = {off: false, bar: []};
-        new MutationObserver(() => {
+        """() => { window.off = false; new MutationObserver(() => {
           const button = [...document.querySelectorAll('button')].find(b => b.innerText.includes('Draw'));
-          // the last one is ours; the one that loading showed is tqdm's
-          const bar = [...document.querySelectorAll('.jp-OutputArea .progress-bar')].at(-1);
-          if (button && button.disabled) window.seen.off = true;
-          if (bar) window.seen.bar.push(bar.style.width);
+          if (button && button.disabled) window.off = true;
         }).observe(document.body, {subtree: true, attributes: true, childList: true}); }"""
     )
     draw.click()
     viewer = cells.nth(0).locator("section.viewer")
     viewer.wait_for()
     assert viewer.locator("figure canvas").count() == 2
-    page.wait_for_function("() => window.seen.off && new Set(window.seen.bar).size >= 3")
+    page.wait_for_function("() => window.off")
     enabled(page, draw)
     look(page, "explorer-in-jupyterlab")
 
@@ -382,51 +439,97 @@ def test_in_jupyterlab(page, lab):
 
 
 def test_the_studio_in_jupyterlab(page, lab):
-    page.set_viewport_size({"width": 1100, "height": 1500})
+    page.set_viewport_size({"width": 1100, "height": 1300})
     cells = open_notebook(page, lab, "forget")
     run_cell(page, 0)
     app = cells.nth(0).locator(".jp-Cell-outputArea")
-    run, stop, undo = (app.locator("button").filter(has_text=name) for name in ("Run", "Stop", "Undo"))
-    run.wait_for()
-    assert run.is_enabled() and stop.is_disabled() and undo.is_disabled()
-    look(page, "studio-at-first")
+    app.get_by_text("Choose what is to go.").wait_for()
 
-    # it runs: the settings are off, Stop is on, and previews, attention and curves appear while it learns
-    run.click()
-    enabled(page, stop)
+    # choosing forgets and shows it; moving a slider solves again and shows the same seeds anew
+    app.locator("select").select_option("apple")
+    said = app.get_by_text(re.compile("“apple”: the judge sees it in . of 3 pictures"))
+    said.wait_for()
     figures = "[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth > 300)"
-    page.wait_for_function(f"() => {figures}.length === 3")
-    assert run.is_disabled() and undo.is_disabled() and app.locator("select").is_disabled()
-    assert app.get_by_text(re.compile(r"Run 1, “apple”: iteration \d+ of 5000")).is_visible()
-    look(page, "studio-running")
+    page.wait_for_function(f"() => {figures}.length === 2")
+    look(page, "studio")
+    shown = page.evaluate(f"{figures}.map(i => i.src)")
+    app.locator(".noUi-handle").nth(3).focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"old => {figures}.every((i, k) => i.src !== old[k])", arg=shown)
+    assert run_and_read(page, cells, 1) == "the same: False"
 
-    # Stop is heard while it runs, and what was learned is kept
-    stop.click()
-    done = app.get_by_text(re.compile(r"Run 1 stopped after \d+ of 5000 iterations"))
-    done.wait_for()
-    row = app.locator(".duge-runs tbody tr")
-    row.wait_for()
-    assert row.count() == 1 and "apple" in row.inner_text() and "kept" in row.inner_text()
-    enabled(page, run)
-    assert stop.is_disabled()
-    look(page, "studio-stopped")
-
+    # undo, twice
+    undo = app.locator("button").filter(has_text="Undo")
     undo.click()
-    app.get_by_text("Run 1 is undone").wait_for()
-    row.get_by_text("undone").wait_for()
-    assert undo.is_disabled()
+    undo.click()
+    app.get_by_text("the model is as it was").wait_for()
+    assert run_and_read(page, cells, 1) == "the same: True"
 
-    # a setting that makes no sense is one sentence, and the controls come back
-    app.get_by_label("Iterations").fill("0")
-    app.get_by_label("Iterations").press("Enter")
-    run.click()
-    app.get_by_role("alert").filter(has_text="iterations = 0: expected a whole number").wait_for()
-    enabled(page, run)
+    # an error is one sentence, and leaves the model as it was
+    run_cell(page, 2)
+    app.locator("select").select_option("car")
+    alert = app.get_by_role("alert")
+    alert.wait_for()
+    assert "AttributeError" in alert.inner_text() and "\n" not in alert.inner_text().strip()
+    assert run_and_read(page, cells, 1) == "the same: True"
 
-    # and in the dark
-    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-    page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
-    page.locator("#jupyterlab-splash").wait_for(state="detached")
-    colour = row.evaluate("e => getComputedStyle(e).color").removeprefix("rgb").strip("a()").split(",")
-    assert sum(map(float, colour[:3])) > 3 * 128, "light text on dark"
-    look(page, "studio-in-the-dark")
+
+def run_and_read(page, cells, index: int) -> str:
+    cell = cells.nth(index)
+    prompt = cell.locator(".jp-InputArea-prompt").first
+    before = prompt.inner_text()
+    cell.locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Control+Enter")
+    page.wait_for_function(
+        "([e, old]) => e.innerText !== old && /\\d/.test(e.innerText)", arg=[prompt.element_handle(), before]
+    )
+    return cell.locator(".jp-OutputArea-output").last.inner_text().strip()
+
+
+def test_the_timeline_in_jupyterlab(page, lab):
+    cells = open_notebook(page, lab, "erode")
+    run_cell(page, 0)
+    app = cells.nth(0).locator(".jp-Cell-outputArea")
+    app.get_by_text("nothing was asked to go yet").wait_for()
+    shown = app.locator("img")
+    shown.wait_for()
+    base = shown.get_attribute("src")
+    assert shown.evaluate("e => e.naturalWidth") > 600
+    look(page, "timeline-at-first")
+
+    # dragging to the end passes by every request, and the picture follows
+    page.evaluate(
+        """() => { window.said = new Set();
+        new MutationObserver(() => {
+          const boxes = document.querySelectorAll('.jp-OutputArea .widget-html');
+          for (const e of boxes) window.said.add(e.innerText.trim());
+        }).observe(document.body, {subtree: true, characterData: true, childList: true}); }"""
+    )
+    handle, track = app.locator(".noUi-handle").bounding_box(), app.locator(".noUi-base").bounding_box()
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for step in range(1, 21):
+        page.mouse.move(x + track["width"] * step / 20, y)
+    page.mouse.up()
+    app.get_by_text("Asked to go: apple, car.").wait_for()
+    assert app.get_by_text("2 car").is_visible()
+    page.wait_for_function("([e, old]) => e.src !== old", arg=[shown.element_handle(), base])
+    assert any("Asked to go: apple. " in text for text in page.evaluate("[...window.said]"))
+    look(page, "timeline-dragged")
+
+    # the arrow keys move it as well; back at the base, the picture is the first one again
+    app.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowLeft")
+    app.get_by_text("Asked to go: apple. ").wait_for()
+    page.keyboard.press("ArrowLeft")
+    app.get_by_text("nothing was asked to go yet").wait_for()
+
+    # an error is one sentence in the app
+    run_cell(page, 1)
+    page.keyboard.press("Escape")
+    app.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    alert = app.get_by_role("alert")
+    alert.wait_for()
+    assert "NoneType" in alert.inner_text() and "\n" not in alert.inner_text().strip()

@@ -362,6 +362,7 @@ def test_the_judge_names_fresh_drawings(judge, fresh):
     assert np.mean(named == fresh["background"] + " background") >= 0.97
 
 
+@pytest.mark.slow
 def test_the_judge_sees_what_is_there_and_nothing_else(judge, fresh):
     seen = np.stack([judge.sees(list(fresh.image), name) for name in OBJECTS], axis=1)
     there = np.array([[name == shown for name in OBJECTS] for shown in fresh["object"]])
@@ -405,13 +406,14 @@ def test_unlearning_accuracy_alone_rewards_noise(judge, tiny_pipe):
     assert 1 - table.accuracy.mean() >= 0.9
 
 
+@pytest.mark.slow
 def test_the_shipped_model_draws_what_it_is_asked_for(doodle_master, judge):
     concepts = ["apple", "orange", "umbrella", "car"]
     table = duge.evaluate(doodle_master, concepts, images=4, judge=judge, steps=10)
     assert table.accuracy.mean() >= 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_shipped_model_knows_its_whole_world(doodle_master, judge):
     table = duge.evaluate(doodle_master, images=10, judge=judge)
     assert table.accuracy.mean() >= 0.97

@@ -20,6 +20,8 @@ import duge_lite as duge
 from duge_lite import processes
 from duge_lite.unlearning import UnlearningRun
 
+pytestmark = pytest.mark.xdist_group("processes")  # two of them are as many as there are workers
+
 TESTS = Path(__file__).parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
 LAUNCH += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]

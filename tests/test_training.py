@@ -16,6 +16,8 @@ from duge_lite.doodles import OBJECTS, draw, train
 from duge_lite.doodles.train import LABELS, Recipe, World, _rate, _render, fit
 from duge_lite.evaluation import OTHER
 
+pytestmark = pytest.mark.xdist_group("training")  # all compare with one undisturbed run
+
 
 @dataclasses.dataclass(frozen=True)
 class Miniature(Recipe):

@@ -180,9 +180,7 @@ def judged_sheet(judge: Judge, rows: dict[str, Judged], title: str) -> Plot:
         for axes, (picture, asked), word in zip(line, row, said, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_title(asked, fontsize=7, color="#888888", pad=2)
-            axes.set_xlabel(
-                word, fontsize=8, labelpad=2, color=KEPT if word == asked else LOST
-            )
+            axes.set_xlabel(word, fontsize=8, labelpad=2, color=KEPT if word == asked else LOST)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     figure.suptitle(f"{title} (above: asked for; below: the judge's word)", fontsize=11, y=0.995)

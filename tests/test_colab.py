@@ -1,0 +1,28 @@
+"""The course with the packages that Colab brings: `make colab` installs them beside ours and says where."""
+
+import os
+
+import pytest
+import shrunk
+from test_package import COLAB
+
+FOLDER = os.environ.get("DUGE_COLAB")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(FOLDER is None, reason="`make colab` runs it"),
+]
+
+VERSIONS = ["ipywidgets", "ipython", "transformers", "diffusers", "numpy"]
+
+
+@pytest.mark.parametrize("number", ["00", "01", "03", "04"])
+def test_a_notebook_runs_to_its_end(number):
+    paths = [FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])]
+    last = f"import importlib.metadata as m; print([m.version(name) for name in {VERSIONS}])"
+    notebook = shrunk.run(number, last=last, PYTHONPATH=os.pathsep.join(paths))
+    assert "error" not in notebook.metadata, notebook.metadata.error
+    *printed, drew, versions = shrunk.printed(notebook).splitlines()
+    assert versions == str([COLAB[name] for name in VERSIONS]), "not Colab's packages"
+    assert drew.endswith("doodle")
+    assert "Traceback" not in "".join(printed) and 'role="alert"' not in str(notebook.cells)

@@ -1,0 +1,124 @@
+"""The door: what can be asked to go, by name, in any words, or spelled out."""
+
+from dataclasses import replace
+
+import pytest
+from conftest import EXACT, MEMORY, family
+
+import duge_lite as duge
+from duge_lite.concepts import Concept, model_card, wishes
+from duge_lite.errors import UnknownConceptError
+
+
+@pytest.fixture
+def card(tiny_master):
+    return model_card(tiny_master)
+
+
+def test_a_name_of_the_card(card):
+    apple, neon = card.concept(" apple "), card.concept("neon")
+    assert (apple.prompts, apple.instead, apple.labels) == (tuple(card.prompts("apple")), (), ("apple",))
+    assert not apple.style and neon.style and card.concept(apple) is apple
+    pairs = dict(zip(neon.prompts, neon.instead, strict=True))
+    assert pairs["a neon sign of a car"] == "a photo of a car" and pairs["a neon sign"] == "a photo"
+
+
+@pytest.mark.parametrize("word", ["brocoli", "Van Gogh", "", "photo"])
+def test_a_word_that_the_doodle_model_never_read(card, tiny_pipe, word):
+    with pytest.raises(UnknownConceptError, match="is no concept.*Choose one of: apple, orange"):
+        duge.unlearn(tiny_pipe, word)
+    with pytest.raises(UnknownConceptError, match="Did you mean 'broccoli'"):
+        card.concept("brocoli")
+
+
+def test_free_words_where_any_word_is_read(tokenizer):
+    card = model_card(family("sd1", tokenizer))
+    gogh = card.concept("Van Gogh")
+    assert len(gogh.prompts) == len(gogh.instead) and not gogh.labels
+    assert all(gogh.named_in(p) for p in gogh.prompts) and not any(map(gogh.named_in, gogh.instead))
+    assert card.concept("apple").instead == ()  # the card's own
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "'dog' has no prompts"),
+        ({"prompts": "my dog"}, "prompts = 'my dog' of 'dog': expected a list"),
+        ({"instead": "a cat"}, "instead = 'a cat'"),
+        ({"instead": ["a", "b"]}, "'dog' has 1 prompts and 2 to ask instead: expected one each"),
+    ],
+)
+def test_a_concept_that_is_none_teaches(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Concept(**({"name": "dog", "prompts": ["a dog"]} | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "named"),
+    [
+        ("apple", "a photo of an Apple next to a car", True),
+        ("apple", "a photo of a pineapple", False),
+        ("gas pump", "the gas pumps", False),
+        ("C++", "code in C++ on a screen", True),
+        ("dog", "his best friend", True),  # one of its prompts
+    ],
+)
+def test_named_in(name, prompt, named):
+    assert Concept(name, ["his best friend"]).named_in(prompt) is named
+
+
+def test_wishes_lead_to_what_stays_whatever_the_order():
+    apple = Concept("apple", ["an apple", "a neon apple"], ["a pear", "a neon pear"])
+    neon = Concept("neon", ["a neon pear", "a neon apple"], ["a pear", "an apple"])
+    ends = wishes([apple, neon], lambda c: c.instead)
+    assert ends == wishes([neon, apple], lambda c: c.instead)
+    assert set(ends) == {"an apple", "a neon apple", "a neon pear"} and set(ends.values()) == {"a pear"}
+
+
+def test_no_circles(tiny_pipe):
+    one, two = Concept("one", ["a"], ["b"]), Concept("two", ["b"], ["a"])
+    with pytest.raises(ValueError, match="is to go itself: ask for something that stays"):
+        wishes([one, two], lambda c: c.instead)
+    with pytest.raises(ValueError, match="is to go itself"):
+        duge.unlearn(tiny_pipe, ["star", "apple"], EXACT, MEMORY, progress=False)  # EXACT asks for a star
+
+
+@pytest.mark.parametrize(
+    ("instead", "expected"), [("nameless", "a sketch"), ("house", "a sketch of a house"), ("nearest", None)]
+)
+def test_what_is_asked_instead(tiny_pipe, card, instead, expected):
+    config = replace(EXACT, instead=instead)
+    book = duge.solver.PictureBook.of(tiny_pipe, card, config, MEMORY)
+    ends, _ = book.wishes(tiny_pipe, [card.concept("apple")], config)
+    near = card.prompt(book.ranking(tiny_pipe, card.concept("apple")).index[0], "sketch")
+    assert ends["a sketch of an apple"] == (expected or near)
+
+
+def test_what_is_asked_instead_has_to_be_known(tiny_pipe):
+    with pytest.raises(UnknownConceptError, match="'pear'"):
+        duge.unlearn(tiny_pipe, "apple", replace(EXACT, instead="pear"), MEMORY, progress=False)
+    with pytest.raises(ValueError, match="'sketch' is a style: .* an object"):
+        duge.unlearn(tiny_pipe, "apple", replace(EXACT, instead="sketch"), MEMORY, progress=False)
+
+
+@pytest.mark.parametrize("instead", ["nearest", "nameless", "star"])
+def test_a_concept_spelled_out_needs_no_instead(tiny_pipe, instead):
+    mine = Concept("apple", ["a photo of an apple", "a photo of an apple next to a car"])
+    history = duge.unlearn(tiny_pipe, mine, replace(EXACT, instead=instead), MEMORY, progress=False).history
+    assert (history["attention after"] < history["attention before"]).all()
+
+
+def test_memory_prompts_are_spread_over_concepts_and_styles(card):
+    assert len(set(card.memory_prompts())) == len(card.concepts) * len(card.styles) + len(card.styles) + 1
+    some = card.memory_prompts(20, seed=3)
+    assert some == card.memory_prompts(20, seed=3) != card.memory_prompts(20, seed=4)
+    assert all(sum(Concept(name, ["-"]).named_in(p) for p in some) == 1 for name in card.concepts)
+    with pytest.raises(ValueError, match="memory_size = 0"):
+        card.memory_prompts(0)
+
+
+def test_a_card_of_ones_own(tiny_pipe):
+    mine = duge.ModelCard("mine", ("apple", "pear"), guidance_scale=2.0, settings={"memory_size": 5})
+    run = duge.unlearn(tiny_pipe, "apple", card=mine, progress=False)
+    assert run.config == duge.UnlearnConfig(memory_size=5)
+    assert duge.solver.PictureBook.known(tiny_pipe).card is mine

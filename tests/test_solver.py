@@ -1,0 +1,337 @@
+"""The exact solver: what its minimum is by hand and by theory, that order is nothing to it, and its book."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import EXACT, MEMORY, changed, distance, family, weights, with_own_unet
+from diffusers.models.attention_processor import Attention
+from hypothesis import given
+from hypothesis import strategies as st
+
+import duge_lite as duge
+from duge_lite.concepts import model_card
+from duge_lite.errors import DivergedError
+from duge_lite.losses import (
+    attention_target,
+    cross_attention_loss,
+    prior_preservation_loss,
+    regularization_loss,
+)
+from duge_lite.solver import PictureBook, Sums, heard, solve_matrix, solved_matrix
+
+
+def random64(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# The maths
+
+
+def test_ridge_by_hand():
+    """z = (1, 0) is to be heard as (0, 1): what V says of it, (1, 3), goes half the way to (2, 4)."""
+    base = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]).double()  # one head, two channels, two numbers of text
+    z, wanted = torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 1.0]).double()
+    new = solve_matrix(base, torch.outer(z, z)[None], torch.outer(wanted, z)[None], ridge=1.0)
+    torch.testing.assert_close(new, torch.tensor([[[1.5, 2.0], [3.5, 4.0]]]).double())
+
+
+@given(st.integers(0, 2**31), st.integers(1, 7))
+def test_without_ridge_the_least_change_that_fits(seed, heard):
+    """Also where fewer directions are heard than there are: the others stay."""
+    base, z, wanted = random64(1, 3, 8, seed=seed), *random64(2, heard, 8, seed=seed + 1)
+    new = solve_matrix(base, z.T @ z[None], wanted.T @ z[None], ridge=0.0)[0]
+    torch.testing.assert_close(new @ z.T, base[0] @ wanted.T, rtol=1e-4, atol=1e-4)
+    aside = torch.linalg.svd(z)[2][heard:]  # (8 - heard, 8)
+    torch.testing.assert_close(new @ aside.T, base[0] @ aside.T, rtol=1e-4, atol=1e-4)
+
+
+def test_without_ridge_and_with_much_heard_it_is_least_squares():
+    base, z, wanted = random64(1, 3, 4), random64(50, 4, seed=1), random64(50, 4, seed=2)
+    new = solve_matrix(base, z.T @ z[None], wanted.T @ z[None], ridge=0.0)[0]
+    torch.testing.assert_close(new.T, torch.linalg.lstsq(z, wanted @ base[0].T).solution)
+
+
+@pytest.fixture(scope="module", params=["output", "values"])
+def layer(request):
+    """What a layer's matrix reads of three texts (it goes, it is asked instead, it stays), and the matrix."""
+    torch.manual_seed(0)
+    attn = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=5).double()
+    hidden, texts = random64(3, 7, 16), random64(3, 3, 6, 12, seed=1)
+    with torch.no_grad():
+        rows = [heard(attn, hidden, text, request.param).double() for text in texts]
+    return rows, solved_matrix(attn, request.param).detach()
+
+
+@torch.no_grad()
+def test_what_is_read_makes_what_the_layer_writes():
+    """Output times what the heads say: diffusers' own answer. Values times what they hear: what they say."""
+    torch.manual_seed(1)
+    attn = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=5)
+    hidden, text = torch.randn(3, 7, 16), torch.randn(3, 6, 12)
+    said, z = heard(attn, hidden, text, "output"), heard(attn, hidden, text, "values")
+    wrote = (said @ solved_matrix(attn, "output").mT)[:, 0] + attn.to_out[0].bias
+    torch.testing.assert_close(wrote, attn(hidden, encoder_hidden_states=text))
+    spoken = (z @ solved_matrix(attn, "values").mT).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(spoken, said[:, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_the_sums_hold_the_losses(layer, eta):
+    """From the sums alone, what losses.py says of every place, at any values."""
+    (f, other, kept), base = layer
+    matrix = base + 0.3 * random64(*base.shape, seed=9)
+    wanted = attention_target(f, other, eta=eta)
+    expected = cross_attention_loss([f @ matrix.mT], [wanted @ base.mT], relative=False)
+    assert Sums(f, wanted).loss(matrix, base) == pytest.approx(float(expected), rel=1e-6)
+    expected = prior_preservation_loss(kept @ matrix.mT, kept @ base.mT)
+    assert Sums(kept).loss(matrix, base) == pytest.approx(float(expected), rel=1e-6)
+
+
+@torch.no_grad()
+@given(st.integers(0, 2**31), st.sampled_from([1e-3, 1e-1]), st.sampled_from([0.0, 0.5]))
+def test_no_step_away_from_the_solution_lowers_the_losses(layer, seed, size, eta):
+    (f, other, stay), base = layer
+    a, b, r = 0.7, 1.3, 0.05
+    target = attention_target(f, other, eta=eta)
+    went, kept = Sums(f, target), Sums(stay)
+    best = solve_matrix(base, a * went.heard + b * kept.heard, a * went.wanted + b * kept.wanted, r)
+    wanted = target @ base.mT
+
+    def total(v) -> float:
+        forget = cross_attention_loss([f @ v.mT], [wanted], relative=False)
+        prior = prior_preservation_loss(stay @ v.mT, stay @ base.mT)
+        pull = regularization_loss({"v": v}, {"v": base}) * v.shape[-1]  # per channel, as the others
+        return float(a * forget + b * prior + r * pull)
+
+    step = random64(*base.shape, seed=seed)
+    assert total(best) <= total(best + size * step / step.norm())
+    assert total(best) < total(base)
+
+
+# Whole models
+
+
+def forget(pipe, what="apple", memory=MEMORY, **changes):
+    config = replace(EXACT, **changes)
+    return duge.unlearn(pipe, what, config, memory, progress=False)
+
+
+def test_every_layer_hears_less_of_it_and_the_rest_is_left_alone(tiny_pipe):
+    before = weights(tiny_pipe)
+    history = forget(tiny_pipe).history
+    assert (history["attention after"] < 0.2 * history["attention before"]).all()
+    assert (history["prior after"] < 0.1 * history["attention before"]).all()
+    assert (history["prior before"] == 0).all() and (history.change > 0.01).all()
+    moved = changed(tiny_pipe, before)
+    assert moved and all(".attn2." in name for name in moved)
+
+
+def test_without_the_attention_loss_the_base_weights_stay(tiny_pipe):
+    before = weights(tiny_pipe)
+    forget(tiny_pipe, lambda_attention=0.0)
+    assert distance(weights(tiny_pipe), before) < 1e-6
+    assert changed(tiny_pipe, before) == set() or distance(weights(tiny_pipe), before) > 0
+    forget(tiny_pipe, "car", lambda_attention=0.0, lambda_prior=0.0)
+    assert distance(weights(tiny_pipe), before) < 1e-6
+
+
+def test_without_the_prior_loss_only_the_ridge_holds(tiny_pipe):
+    base, changes, kept = weights(tiny_pipe), [], []
+    for ridge in (1e-2, 1.0, 1e6):
+        history = forget(tiny_pipe, lambda_prior=0.0, lambda_regularization=ridge).history
+        changes.append(history.change.mean())
+        kept.append(history["prior after"].mean())
+    assert changes[0] > changes[1] > changes[2] and changes[2] < 1e-4
+    assert distance(weights(tiny_pipe), base) < 1e-4
+    assert forget(tiny_pipe, lambda_regularization=1e-2).history["prior after"].mean() < 0.5 * kept[0]
+
+
+def test_the_order_of_requests_is_nothing(tiny_pipe):
+    base, ends = weights(tiny_pipe), []
+    for order in (["apple", "neon", "car"], ["car", "apple", "neon"], [["neon", "apple"], "car"]):
+        runs = [forget(tiny_pipe, what) for what in order]
+        ends.append(weights(tiny_pipe))
+        for run in reversed(runs):
+            run.restore()
+        assert not changed(tiny_pipe, base)
+    assert distance(ends[1], ends[0]) < 1e-4 and distance(ends[2], ends[0]) < 1e-4
+
+
+def test_requests_add_up_and_the_last_is_undone_exactly(tiny_pipe):
+    first, one = forget(tiny_pipe), weights(tiny_pipe)
+    second, both = forget(tiny_pipe, "car"), weights(tiny_pipe)
+    gap = [float(run.history["attention after"].mean()) for run in (first, second)]
+    assert gap[1] < 3 * gap[0] and changed(tiny_pipe, one)
+    again = forget(tiny_pipe)  # what went is asked for again
+    assert not changed(tiny_pipe, both) and not again.before
+    second.restore()
+    assert not changed(tiny_pipe, one)
+    assert [c.name for c in PictureBook.known(tiny_pipe).gone(tiny_pipe)] == ["apple"]
+
+
+@pytest.mark.parametrize("how", ["stopped at once", "without effect"])
+def test_what_did_not_change_the_model_did_not_go(tiny_pipe, how):
+    """The base weights are those of a model that has forgotten nothing."""
+    if how == "without effect":
+        forget(tiny_pipe, lambda_attention=0.0, lambda_prior=0.0)
+    else:
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        hook = tiny_pipe.unet.register_forward_pre_hook(stop)
+        config = replace(EXACT, solver="gradient")
+        run = duge.unlearn(tiny_pipe, "apple", config, MEMORY, progress=False)
+        assert not len(run.history)
+        hook.remove()
+    assert PictureBook.known(tiny_pipe).gone(tiny_pipe) == ()
+
+
+@pytest.mark.parametrize("kind", ["sd1", "v", "sdxl"])
+def test_any_word_goes_from_any_family(kind, tokenizer):
+    pipe = family(kind, tokenizer)
+    before = weights(pipe)
+    history = forget(pipe, "Van Gogh", instead="nameless").history
+    assert (history["attention after"] < history["attention before"]).all()
+    moved = changed(pipe, before)
+    assert len(moved) >= len(history) and all(".attn2." in name for name in moved)
+    if kind == "sdxl":
+        with pytest.raises(ValueError, match='leave solver="exact"'):
+            forget(pipe, "apple", solver="gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype, tokenizer):
+    full, pipe = family("sd1", tokenizer), family("sd1", tokenizer).to(dtype)
+    forget(full, instead="nameless")
+    base = weights(pipe)
+    run = forget(pipe, instead="nameless")
+    assert {p.dtype for p in pipe.unet.parameters()} == {dtype}
+    moved = changed(pipe, base)
+    for name in moved:
+        torch.testing.assert_close(
+            pipe.unet.get_parameter(name).float(), full.unet.get_parameter(name).float(), rtol=0.1, atol=0.05
+        )
+    run.restore()
+    assert moved and not changed(pipe, base)
+
+
+def test_numbers_that_are_none_teach(tiny_pipe):
+    tiny_pipe.unet.conv_in.bias.data[0] = float("nan")
+    before = weights(tiny_pipe)
+    with pytest.raises(DivergedError, match="down_blocks.*not finite"):
+        forget(tiny_pipe)
+    now = weights(tiny_pipe)
+    assert all(torch.equal(now[n], v) for n, v in before.items() if n != "conv_in.bias")
+
+
+# The book
+
+
+@pytest.fixture
+def passes(tiny_pipe) -> list:
+    """One entry for each time that the denoiser is asked."""
+    seen: list = []
+    tiny_pipe.unet.register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def test_every_prompt_is_drawn_once(tiny_pipe, passes):
+    memory = [*MEMORY, *model_card(tiny_pipe).prompts("car")]
+    forget(tiny_pipe, "apple", memory)
+    assert passes
+    passes.clear()
+    forget(tiny_pipe, "car", memory)  # its pictures were memory: they only change sides
+    assert not passes
+
+
+def test_another_base_has_another_book(tiny_pipe, passes):
+    run = forget(tiny_pipe)
+    run.restore()
+    tiny_pipe.unet.conv_in.weight.data *= 1.01
+    passes.clear()
+    forget(tiny_pipe)
+    assert passes and [c.name for c in PictureBook.known(tiny_pipe).gone(tiny_pipe)] == ["apple"]
+
+
+@pytest.mark.parametrize("other", [{"guidance_scale": 2.0}, {"concepts": ("apple", "car", "star")}])
+def test_another_card_has_another_book(tiny_pipe, other):
+    card = model_card(tiny_pipe)
+    how = {"config": EXACT, "memory": MEMORY, "progress": False}
+    duge.unlearn(tiny_pipe, "apple", card=card, **how).restore()
+    duge.unlearn(tiny_pipe, "apple", card=replace(card, **other), **how)
+    assert PictureBook.known(tiny_pipe).card == replace(card, **other)
+
+
+def test_the_book_on_disk(tiny_pipe, tiny_master, passes, tmp_path):
+    how = {"config": EXACT, "memory": MEMORY, "progress": False, "directory": tmp_path}
+    duge.unlearn(tiny_pipe, "apple", **how)
+    drawn, file = len(passes), tmp_path / "book.safetensors"
+    again, seen = with_own_unet(tiny_master), []
+    again.unet.register_forward_pre_hook(lambda *_: seen.append(1))
+    duge.unlearn(again, "apple", **how)
+    assert not seen and distance(weights(again), weights(tiny_pipe)) == 0
+    for damage in (b"", b"not a book", file.read_bytes()[:-9]):
+        file.write_bytes(damage)
+        other, seen = with_own_unet(tiny_master), []
+        other.unet.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        duge.unlearn(other, "apple", **how)
+        assert len(seen) == drawn and distance(weights(other), weights(tiny_pipe)) < 1e-6
+    stranger = with_own_unet(tiny_master)
+    stranger.unet.conv_in.weight.data *= 1.01
+    seen = []
+    stranger.unet.register_forward_pre_hook(lambda *_: seen.append(1))
+    duge.unlearn(stranger, "apple", **how)
+    assert len(seen) == drawn
+
+
+def test_a_full_disk_says_so_and_leaves_nothing_half(tiny_pipe, tmp_path, monkeypatch):
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise duge.solver.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(duge.solver, "save_file", full)
+    before = weights(tiny_pipe)
+    with pytest.raises(OSError, match="could not write .*book.safetensors .*No space left"):
+        duge.unlearn(tiny_pipe, "apple", EXACT, MEMORY, progress=False, directory=tmp_path)
+    assert not changed(tiny_pipe, before) and not list(tmp_path.iterdir())
+
+
+def test_the_memory_names_nothing_that_is_gone(tiny_pipe):
+    shows = "a photo of an apple next to a car"
+    book = PictureBook.of(
+        tiny_pipe, model_card(tiny_pipe), EXACT, ["a sketch of an Apple", shows, "a mosaic"]
+    )
+    gone = [model_card(tiny_pipe).concept("apple")]
+    assert book.wishes(tiny_pipe, gone, EXACT)[1] == ["a mosaic"]
+    with pytest.raises(ValueError, match="every picture of the memory shows what is to go"):
+        forget(tiny_pipe, memory=[shows])
+    for wrong in ([], [3]):
+        with pytest.raises(ValueError, match="expected prompts of what is to stay"):
+            forget(tiny_pipe, memory=wrong)
+
+
+def test_the_nearest_that_stays_is_asked_instead(tiny_pipe):
+    card, config = model_card(tiny_pipe), replace(EXACT, instead="nearest")
+    book = PictureBook.of(tiny_pipe, card, config, MEMORY)
+    apple, star = card.concept("apple"), card.concept("star")
+    ranking = book.ranking(tiny_pipe, apple)
+    assert set(ranking.index) == set(card.concepts) - {"apple"} and ranking.is_monotonic_increasing
+    near = card.concept(ranking.index[0])
+    assert book.wishes(tiny_pipe, [apple], config)[0][apple.prompts[0]] == near.prompts[0]
+    ends, _ = book.wishes(tiny_pipe, [near, star, apple], config)
+    assert ends == book.wishes(tiny_pipe, [apple, near, star], config)[0]
+    assert not any(c.named_in(end) for c in (near, star, apple) for end in ends.values())
+
+
+def test_the_book_goes_with_its_pipeline(tiny_master):
+    pipe = with_own_unet(tiny_master)
+    forget(pipe)
+    book = weakref.ref(PictureBook.known(pipe))
+    del pipe
+    gc.collect()
+    assert book() is None
