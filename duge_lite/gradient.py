@@ -322,7 +322,7 @@ def batch_losses(
     record: AttentionRecorder | None,
     config: UnlearnConfig,
 ) -> tuple[Tensor, Tensor]:
-    """The objective's loss and the prior-preservation loss, from one pass over both batches; 0 without memory."""
+    """The objective's loss and the prior-preservation loss, from one pass; 0 without memory."""
     wanted = forget.wanted
     if objective.moving:
         with torch.no_grad():
