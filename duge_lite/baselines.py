@@ -96,11 +96,11 @@ def uce(
 
         W = (sum W0 a c^T + sum W0 p p^T + ridge W0) (sum c c^T + sum p p^T + ridge I)^-1
 
-    Gandikota et al., arXiv 2308.14761, eq. 7; several concepts are one solve, as in the paper. As in its code,
-    names stand alone, and the state is that of their last token (of the empty prompt the one before its end).
-    ``styled=True`` (ours) takes all tokens of the concept's prompts in every style, and for the anchor the same
-    prompts without the name, or those of ``anchor``. Returns a run (``restore()`` works). Raises
-    UnknownConceptError for unknown names.
+    Gandikota et al., arXiv 2308.14761, eq. 7; several concepts are one solve, as in the paper. As in its
+    code, names stand alone, and the state is that of their last token (of the empty prompt the one before
+    its end). ``styled=True`` (ours) takes all tokens of the concept's prompts in every style, and for the
+    anchor the same prompts without the name, or those of ``anchor``. Returns a run (``restore()`` works).
+    Raises UnknownConceptError for unknown names.
     """
     started = time.perf_counter()
     card = card or model_card(pipe)
