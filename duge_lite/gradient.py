@@ -425,7 +425,7 @@ def gradient_steps(
                 scaler.update()
                 if not all(torch.isfinite(p).all() for p in trained.values()):
                     raise DivergedError(_advice("a weight is no number any more", step, config))
-                values = [float(v) for v in (loss, *losses.values())]
+                values = [float(v.detach()) for v in (loss, *losses.values())]
                 with rounded(trained, stored):
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
         except DivergedError:

@@ -17,7 +17,7 @@ CHECKERS = [
     checks.gone_and_kept,
     checks.recovery_time,
     checks.beats,
-    checks.training_megabytes,
+    checks.book_megabytes,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
@@ -188,7 +188,12 @@ def test_beats_knows_equals_and_names():
         assert not verdict and hint in verdict.message, verdict
 
 
-def test_training_megabytes_counts_every_copy():
-    assert checks.training_megabytes(lambda weights: weights * 18 / 1e6)
-    forgot = checks.training_megabytes(lambda weights: weights * 14 / 1e6)
-    assert not forgot and "two means" in forgot.message
+def test_book_megabytes_counts_both_halves_and_all_layers():
+    assert checks.book_megabytes(lambda channels, moments, places: 4 * moments * places * sum(channels) / 1e6)
+    for wrong, hint in (
+        (lambda channels, moments, places: 2 * moments * places * sum(channels) / 1e6, "Two halves"),
+        (lambda channels, moments, places: 4 * moments * places * channels[0] / 1e6, "sum them"),
+        (lambda channels, moments, places: 4 * sum(channels) / 1e6, "Every moment"),
+    ):
+        verdict = checks.book_megabytes(wrong)
+        assert not verdict and hint in verdict.message
