@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 
 import pandas as pd
 
@@ -85,14 +86,23 @@ class UnlearnConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: expected a whole number, at least 1")
         for name in ("lr", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected a number above 0")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value!r}: expected a number above 0")
         for name in ("lambda_attention", "lambda_prior", "lambda_regularization", "eta"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} = {value}: expected 0 (off) or more")
-        if not 0 <= self.revisit < 1:
-            raise ValueError(f"revisit = {self.revisit}: expected a share from 0 (never) to below 1")
+            if value is None and name != "eta":
+                continue
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} = {value!r}: expected 0 (off) or more")
+        if not isinstance(self.revisit, Real) or not 0 <= self.revisit < 1:
+            raise ValueError(f"revisit = {self.revisit!r}: expected a share from 0 (never) to below 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed = {self.seed!r}: expected a whole number")
+        if not isinstance(self.instead, str):
+            raise ValueError(
+                f'instead = {self.instead!r}: expected "nearest", "nameless" or a concept\'s name'
+            )
         if not isinstance(self.measure_every, int) or self.measure_every < 0:
             raise ValueError(f"measure_every = {self.measure_every!r}: expected 0 (never) or a whole number")
         choices = {

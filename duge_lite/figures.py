@@ -104,25 +104,27 @@ def _name_lines(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
 # ---- pictures
 
 
-def _grid(axes: Axes, rows, row_labels=(), column_labels=(), framed=()) -> None:
+def _grid(axes: Axes, rows, row_labels=(), column_labels=(), framed=(), below=()) -> None:
     """Pictures on one axes, a unit square each; ``framed`` (row, column) get a dashed frame."""
-    height, width = len(rows), max(map(len, rows))
+    height, width, pitch = len(rows), max(map(len, rows)), 1.2 if below else 1.0
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            axes.imshow(picture, interpolation="nearest", extent=(j, j + 0.95, i + 0.95, i))
+            y = pitch * i
+            axes.imshow(picture, interpolation="nearest", extent=(j, j + 0.95, y + 0.95, y))
             if (i, j) in framed:
                 look = dict(fill=False, ec=LOST, lw=2, ls=(0, (3, 2)), clip_on=False)
-                axes.add_patch(Rectangle((j, i), 0.95, 0.95, **look))
+                axes.add_patch(Rectangle((j, y), 0.95, 0.95, **look))
+            if below:
+                axes.text(j + 0.475, y + 0.98, below[i][j], ha="center", va="top", fontsize=8)
     _bare(axes)
-    axes.set(
-        xlim=(-0.03, width - 0.02), ylim=(height - 0.02, -0.03), aspect=np.divide(*np.shape(rows[0][0])[:2])
-    )
+    limits = dict(xlim=(-0.03, width - 0.02), ylim=(pitch * height - 0.02, -0.03))
+    axes.set(**limits, aspect=np.divide(*np.shape(rows[0][0])[:2]))
     axes.tick_params(length=0, pad=2)
     axes.xaxis.tick_top()
     points = axes.get_figure().get_figwidth() * 72 / width
-    tilt = {"rotation": 30, "ha": "left"} if max(map(len, column_labels), default=0) * 5.5 > points else {}
+    tilt = {"rotation": 30, "ha": "left"} if max(map(len, column_labels), default=0) * 4.6 > points else {}
     axes.set_xticks([j + 0.475 for j in range(len(column_labels))], column_labels, fontsize=8, **tilt)
-    axes.set_yticks([i + 0.475 for i in range(len(row_labels))], row_labels, fontsize=9)
+    axes.set_yticks([pitch * i + 0.475 for i in range(len(row_labels))], row_labels, fontsize=9)
 
 
 def image_grid(
@@ -132,15 +134,16 @@ def image_grid(
     title: str = "",
     cell: float = 0.9,
     framed: Iterable[tuple[int, int]] = (),
+    below: Sequence[Sequence[str]] = (),
 ) -> Plot:
-    """Pictures in rows; ``cell`` is a picture's side in inches, ``framed`` marks (row, column)."""
+    """Pictures in rows, ``cell`` inches each; ``framed`` marks (row, column), ``below`` holds words."""
     if not len(rows) or not len(rows[0]):
         raise ValueError("image_grid got no pictures: expected at least one row with one picture")
     height, width = len(rows), max(map(len, rows))
     left = 0.09 * max(map(len, row_labels), default=0)
-    figure, axes = _plot(left + width * cell, 0.35 + height * cell, title=title)
+    figure, axes = _plot(left + width * cell, 0.35 + height * cell * (1.2 if below else 1), title=title)
     figure.colors = 256
-    _grid(axes[0, 0], rows, row_labels, column_labels, set(framed))
+    _grid(axes[0, 0], rows, row_labels, column_labels, set(framed), below)
     names = "; ".join(filter(None, (", ".join(row_labels), ", ".join(dict.fromkeys(column_labels)))))
     figure.alt = f"{title or 'Pictures'}: {height} rows of {width}. {names}"
     return figure
@@ -216,7 +219,7 @@ def _maps(
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     for one in axes.flat:
         _bare(one)
-    for one, shown in zip(axes[0] if under else axes[:1, 0], under or [picture][:right], strict=not right):
+    for one, shown in zip(axes[0], under or [picture][:right], strict=False):
         one.imshow(shown, interpolation="nearest")
     if right:
         axes[0, 0].set_title("the picture", fontsize=9, pad=3)

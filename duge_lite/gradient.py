@@ -423,6 +423,14 @@ def gradient_steps(
                     _check_finite(losses, norm, step, config)
                 scaler.step(optimizer)
                 scaler.update()
+                if step == config.iterations:  # no later loss would show what the last step did
+                    with (
+                        torch.no_grad(),
+                        watching(unet, objective, config, memory.latents.shape[-2:]) as record,
+                    ):
+                        with mixed:
+                            last = batch_losses(unet, forget, keep, objective, record, config)
+                    _check_finite(dict(zip(losses, last, strict=False)), torch.zeros(()), step, config)
                 if not all(torch.isfinite(p).all() for p in trained.values()):
                     raise DivergedError(_advice("a weight is no number any more", step, config))
                 values = [float(v.detach()) for v in (loss, *losses.values())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import warnings
@@ -177,6 +178,14 @@ def trouble(error: BaseException, place: str | Path) -> str:
     return f" ({type(error).__name__}: {text}). {advice}"
 
 
+def check_pipeline(pipe: object) -> None:
+    """Raises TypeError for anything but a pipeline with a denoiser."""
+    if not hasattr(pipe, "unet"):
+        raise TypeError(
+            f"pipe is {type(pipe).__name__}: expected a pipeline, as duge.load_pipeline() returns it"
+        )
+
+
 def sample(
     pipe: StableDiffusionPipeline | StableDiffusionXLPipeline,
     prompts: str | Sequence[str],
@@ -198,6 +207,7 @@ def sample(
     ``options`` go to the pipeline as they are, which raises TypeError for one that it does not know. Raises
     ValueError for numbers out of range, or another number of seeds than of prompts.
     """
+    check_pipeline(pipe)
     card = card or model_card(pipe)
     steps = card.num_inference_steps if num_inference_steps is None else num_inference_steps
     scale = card.guidance_scale if guidance_scale is None else guidance_scale
@@ -209,9 +219,16 @@ def sample(
         raise ValueError(f"guidance_scale = {scale!r}: expected a number from 0 (the empty prompt) up")
     if output_type not in ("pil", "latent"):
         raise ValueError(f'output_type = {output_type!r}: expected "pil" or "latent"')
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if unknown := set(options) - set(inspect.signature(type(pipe).__call__).parameters):
+        raise TypeError(f"{type(pipe).__name__} got an unexpected keyword argument {min(unknown)!r}")
+    for name in ("height", "width"):  # diffusers takes 0 for "not given"
+        if (size := options.get(name)) is not None and (not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"{name} = {size!r}: expected a number of pixels")
+    texts = [prompts] if isinstance(prompts, str | None) else list(prompts)
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"a prompt is {wrong[0]!r}: expected a text")
+    if isinstance(seed, str | float | None):
+        raise TypeError(f"seed = {seed!r}: expected a whole number, or one for each prompt")
     seeds = [int(seed) + i for i in range(len(texts))] if isinstance(seed, Integral) else list(seed)
     if len(seeds) != len(texts):
         raise ValueError(
@@ -272,7 +289,10 @@ class Pictures:
 
 
 def draw_pictures(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int, card: ModelCard | None = None
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seed: int | Sequence[int],
+    card: ModelCard | None = None,
 ) -> Pictures:
     """Lets the pipeline draw ``prompts``: what a model knows, in its own hand."""
     card = card or model_card(pipe)

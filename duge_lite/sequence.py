@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -104,7 +105,7 @@ class UnlearningSequence:
         """
         if not 0 <= at <= len(self.runs):
             raise ValueError(f"at = {at}: expected a number from 0 (the base) to {len(self.runs)}")
-        return self._after[at - 1] if at else {}
+        return ChainMap(*reversed(self._after[:at])) if at else {}  # a request need not change all of them
 
     def pipeline(self, at: int) -> DiffusionPipeline:
         """The pipeline as it was after request ``at`` (in place); 0 for the model that it began with."""
@@ -169,6 +170,10 @@ class UnlearningSequence:
             run.before = before if set(before) >= set(run.before) else run.before  # on disk already
         self.runs.append(run)
 
+    def _folders(self, step: int) -> list[Path]:
+        """The folders of a step: one, or none yet; drafts left out."""
+        return [p for p in self.directory.glob(f"step_{step:02d}_*") if p.suffix != ".part"]
+
     def request(self, concept: Concept) -> UnlearningRun:
         """One more concept to forget: from disk if it was done before, else now."""
         k, name = len(self.runs) + 1, re.sub(r"[^\w-]+", "-", concept.name)
@@ -182,8 +187,7 @@ class UnlearningSequence:
                 )
         else:
             if step is not None:
-                others = [p for p in self.directory.glob(f"step_{k:02d}_*") if p.suffix != ".part"]
-                if others:
+                if others := self._folders(k):
                     raise ValueError(
                         f"{self.directory} holds another sequence: {others[0].name} instead of {step.name}"
                     )
@@ -214,8 +218,8 @@ class UnlearningSequence:
         self.pipeline(at=k)
         for step in reversed(range(k, len(self.runs))):  # the last first: what is left is a sequence, always
             if self.directory is not None:
-                folder = next(self.directory.glob(f"step_{step + 1:02d}_*[!.part]"))
                 if is_main():
+                    folder = self._folders(step + 1)[0]
                     os.replace(folder, folder.with_name(folder.name + ".part"))
                     shutil.rmtree(folder.with_name(folder.name + ".part"))
         del self.runs[k:], self._after[k:]
@@ -333,7 +337,7 @@ def _open(
             other = [
                 f"{k} ({known.get(k)!r}, now {v!r})" for k, v in about["config"].items() if known.get(k) != v
             ]
-        if not other and set(base) == set(weights):
+        if not other and {n: w.shape for n, w in base.items()} == {n: w.shape for n, w in weights.items()}:
             overwrite(weights, base)
         if other or fingerprint(pipe) != model:
             overwrite(weights, now)

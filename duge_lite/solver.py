@@ -220,7 +220,7 @@ class PictureBook:
         """What the reference draws for ``prompts``; each is drawn once."""
         if missing := [p for p in dict.fromkeys(prompts) if p not in self._latents]:
             with self.at_base(pipe):
-                drawn = draw_pictures(pipe, missing, seed=1_500_000 + self.seed, card=self.card)
+                drawn = draw_pictures(pipe, missing, self._seeds(missing), self.card)
             self._latents |= dict(zip(missing, drawn.latents, strict=True))
         latents = torch.stack([self._latents[p] for p in prompts])
         return Pictures(latents, encode_prompts(pipe, prompts), tuple(prompts))
@@ -253,20 +253,24 @@ class PictureBook:
         hooks = [
             attn.register_forward_pre_hook(look(name), with_kwargs=True) for name, attn in self.layers.items()
         ]
-        seeds = [zlib.crc32(f"{self.seed} {p}".encode()) for p in prompts]  # of the concept, not the request
         try:
             pipe(
                 list(prompts),
                 num_inference_steps=self.steps,
                 guidance_scale=self.card.guidance_scale,
-                generator=[torch.Generator().manual_seed(s) for s in seeds],
+                generator=[torch.Generator().manual_seed(s) for s in self._seeds(prompts)],
                 output_type="latent",
             )
         finally:
             for hook in hooks:
                 hook.remove()
-        drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
+        with torch.autocast("cpu", enabled=False):  # a caller's, in another kind of 16 bits
+            drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
         return [(p, {n: x[i].clone() for n, x in drawn.items()}) for i, p in enumerate(prompts)]
+
+    def _seeds(self, prompts: Sequence[str]) -> list[int]:
+        """Of the prompt, not of the request: what is drawn does not depend on what else is."""
+        return [zlib.crc32(f"{self.seed} {p}".encode()) for p in prompts]
 
     def _rows(self, layer: str, prompts: Sequence[str]) -> Tensor:
         """(P, R, C), on the layer's device."""
@@ -288,7 +292,7 @@ class PictureBook:
         own = encode_prompts(pipe, concept.prompts).to(device)
         texts = {o: encode_prompts(pipe, _matched(self.card.prompts(o), concept)).to(device) for o in others}
         far = dict.fromkeys(others, 0.0)
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(device.type, enabled=False):
             for name, attn in self.layers.items():
                 hidden = self._rows(name, concept.prompts)
                 said = heard(attn, hidden, own, "output")
@@ -354,7 +358,7 @@ class PictureBook:
         )
         weights, rows = dict(self.reference), []
         matrix = "to_v" if config.solve == "values" else "to_out.0"
-        with self.at_base(pipe):
+        with self.at_base(pipe), torch.autocast(pipe.unet.device.type, enabled=False):
             for name, attn in self.layers.items():
                 old = _exact(solved_matrix(attn, config.solve))
                 kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
@@ -417,7 +421,7 @@ def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str
 
 
 def _matched(others: Sequence[str], concept: Concept) -> Sequence[str]:
-    """One for each prompt of ``concept``: if these are not the card's, one per style, the plain one for all."""
+    """One for each prompt of ``concept``; the plain one for all, where its prompts are its own."""
     return others if len(others) == len(concept.prompts) else [others[0]] * len(concept.prompts)
 
 

@@ -15,7 +15,8 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -29,10 +30,11 @@ from tqdm.auto import tqdm
 from .concepts import Concept, ModelCard, model_card
 from .config import UnlearnConfig
 from .gradient import DUGE, Noised, Objective, UnlearnState, gradient_steps, trainable_parameters
-from .models import overwrite
+from .models import check_pipeline, overwrite
 from .processes import from_main, is_main, launched
 from .solver import PictureBook, fingerprint
 
+_NUMBERS = ("objective", "seconds", "memory")  # of a run, in run.json
 GRADIENT_MEMORY = 48
 """How many pictures the gradient solver remembers when the settings do not say."""
 
@@ -137,8 +139,10 @@ class UnlearningRun:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         now = {name: value.contiguous() for name, value in self.weights().items()}
-        about = {name: getattr(self, name) for name in ("objective", "seconds", "memory")}
+        about = {name: getattr(self, name) for name in _NUMBERS}
         about |= {"concepts": [asdict(c) for c in self.concepts], "config": asdict(self.config)}
+        book = PictureBook.known(self.pipe)  # the weights have forgotten what went before, too
+        about["gone"] = [asdict(c) for c in (book.gone(self.pipe) if book else self.concepts)]
         try:
             save_file(now, draft / "weights.safetensors")
             about["sha256"] = hashlib.sha256((draft / "weights.safetensors").read_bytes()).hexdigest()
@@ -168,10 +172,12 @@ class UnlearningRun:
             raise FileExistsError(f"{folder} is a file: expected a folder to write to")
         now = dict(self.pipe.unet.named_parameters())
         changes = {n: now[n].detach().cpu().float() - w.float() for n, w in self.base.items()}
+        biases = [c for c in changes.values() if c.ndim != 2]
         changes = {n: c for n, c in changes.items() if c.ndim == 2 and c.any()}
         if not changes or set(self.before) - set(self.base):
             raise ValueError("no change of cross-attention matrices alone to write: forget something first")
-        layers, lost, total = {}, 0.0, 0.0
+        layers, lost = {}, sum(float(c.square().sum()) for c in biases)  # they have no place in LoRA
+        total = lost
         for name, change in changes.items():
             left, size, right = torch.linalg.svd(change, full_matrices=False)
             root = size[:rank].sqrt()
@@ -205,8 +211,9 @@ class UnlearningRun:
             concepts = tuple(Concept(**c) for c in about.pop("concepts"))
             index = "step" if config.solver == "gradient" else "layer"
             history = pd.read_csv(folder / "history.csv", index_col=index)
-            if strange := set(about) - {f.name for f in fields(cls)}:
-                raise ValueError(f"no such field: {', '.join(sorted(strange))}")
+            gone = tuple(Concept(**c) for c in about.pop("gone"))
+            if strange := set(about) ^ set(_NUMBERS):
+                raise ValueError(f"run.json has one field too many or too few: {', '.join(sorted(strange))}")
         except Exception as error:  # json, safetensors and pandas each raise their own kinds
             raise ValueError(
                 f"{folder} is damaged ({error}): remove it; a sequence will then do this request again"
@@ -220,11 +227,21 @@ class UnlearningRun:
         if not all(torch.isfinite(w).all() for w in weights.values()):
             raise ValueError(f"{folder} is damaged (it holds numbers that are none): remove it")
         book = PictureBook.known(pipe) or PictureBook.of(pipe, card or model_card(pipe), config)
-        gone = book.gone(pipe)
         before = {n: parameters[n].detach().cpu().clone() for n in weights}
-        overwrite(parameters, weights)
-        book.gone_at[fingerprint(pipe)] = (*gone, *concepts)
+        with undone_by_errors(parameters, before):
+            overwrite(parameters, weights)
+            book.gone_at.setdefault(fingerprint(pipe), gone)
         return cls(pipe, concepts, config, history, before=before, base=book.reference, **about)
+
+
+@contextmanager
+def undone_by_errors(parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts the weights back after any error or interruption: there is no run yet to undo it with."""
+    try:
+        yield
+    except BaseException:
+        overwrite(parameters, before)
+        raise
 
 
 def sync(*paths: Path) -> None:
@@ -239,9 +256,10 @@ def resolve(
 ) -> tuple[Concept, ...]:
     """The concepts that ``what`` means, one or several: the only place where a name is looked up.
 
-    Raises TypeError for anything but a pipeline with a denoiser, ValueError for none or one that comes twice.
+    Raises TypeError for anything else, ValueError for none or one that comes twice.
     """
-    concepts = tuple(map(card.concept, [what] if isinstance(what, str | Concept) else what))
+    several = isinstance(what, Iterable) and not isinstance(what, str)
+    concepts = tuple(map(card.concept, what if several else [what]))
     if not concepts:
         raise ValueError("no concept: expected at least one to forget")
     names = [c.name for c in concepts]
@@ -252,10 +270,7 @@ def resolve(
 
 def check_arguments(pipe: DiffusionPipeline, config: UnlearnConfig | None) -> None:
     """Raises TypeError, in one sentence, for what is most often mixed up."""
-    if not isinstance(getattr(pipe, "unet", None), torch.nn.Module):
-        raise TypeError(
-            f"pipe is {type(pipe).__name__}: expected a pipeline, as duge.load_pipeline() returns it"
-        )
+    check_pipeline(pipe)
     if config is not None and not isinstance(config, UnlearnConfig):
         raise TypeError(f"config is {type(config).__name__}: expected duge.UnlearnConfig(...)")
 
@@ -308,11 +323,9 @@ def unlearn(
             book.write(folder)
         changed = [n for n, w in weights.items() if not torch.equal(w.to(parameters[n]), parameters[n])]
         before = {n: parameters[n].detach().cpu().clone() for n in changed}
-        try:
+        with undone_by_errors(parameters, before):
             overwrite(parameters, {n: weights[n] for n in changed})
-        except BaseException:
-            overwrite(parameters, before)
-            raise
+            now = fingerprint(pipe)
     else:
         trained = trainable_parameters(pipe.unet, config.train)
         before = {n: p.detach().cpu().clone() for n, p in trained.items()}
@@ -320,8 +333,10 @@ def unlearn(
         rows = _learn(steps, config, concepts, on_step, progress, lambda: overwrite(trained, before))
         columns = [f.name for f in fields(UnlearnState) if f.name != "iterations"]
         history = pd.DataFrame(rows, columns=columns).set_index("step")
+        with undone_by_errors(parameters, before):
+            now = fingerprint(pipe)
     if set(before) <= set(book.reference):
-        book.gone_at.setdefault(fingerprint(pipe), (*gone, *concepts))  # known weights: nothing went
+        book.gone_at.setdefault(now, (*gone, *concepts))  # known weights: nothing went
     seconds, peak = time.perf_counter() - started, _peak_memory(pipe.unet.device)
     return UnlearningRun(
         pipe, concepts, config, history, seconds, before, book.reference, objective.name, peak

@@ -54,8 +54,20 @@ class _App(widgets.VBox):
 
 
 def _field(kind: type[widgets.Widget], label: str, value: object, **values: object) -> widgets.Widget:
-    style, layout = {"description_width": "initial"}, widgets.Layout(width="24em", margin="2px 12px 2px 2px")
+    style, layout = {"description_width": "initial"}, widgets.Layout(width="30em", margin="2px 12px 2px 2px")
     return kind(value=value, description=label, style=style, layout=layout, **values)
+
+
+def _choice(label: str, value: float, values: Sequence[float] = ()) -> widgets.SelectionSlider:
+    """A slider over ``values``, by default over parts and multiples of ``value``, and 0."""
+    values = sorted({*(values or (k * (value or 1.0) for k in (0, 0.01, 0.1, 0.3, 1, 3, 10, 100))), value})
+    return _field(
+        widgets.SelectionSlider,
+        label,
+        value,
+        options=[(f"{v:g}", v) for v in values],
+        continuous_update=False,
+    )
 
 
 # ---- the explorer: its kernel-free twin is the viewer
@@ -130,15 +142,11 @@ class Preview:
     pictures: tuple[Image.Image, ...]
     attention: AttentionTrace  # of the first picture
 
-    def verdict(self, judge: Judge | None) -> list[str]:
-        """What the judge sees, a word or two for each picture; "" without one."""
-        if judge is None:
+    def named(self, judge: Judge | None, card: ModelCard) -> list[str]:
+        """What the judge calls each picture; "" without a judge, or when it does not know the concept."""
+        if judge is None or not judge.knows(self.names[0]):
             return [""] * len(self.names)
-        known = dict.fromkeys(n for n in self.names if judge.knows(n))
-        return [
-            ("✓ " if judge.sees([p], n)[0] else "✕ no ") + n if n in known else ""
-            for p, n in zip(self.pictures, self.names, strict=True)
-        ]
+        return judge.names(list(self.pictures), card.styles if self.names[0] in card.styles else card.judged)
 
 
 def neighbours(card: ModelCard, concept: str, count: int) -> tuple[str, ...]:
@@ -187,24 +195,18 @@ class UnlearningStudio(_App):
         self._before: dict[str, Preview] = {}
         options = [NOTHING, *model_card(pipe).forgettable]
         self.concept = _field(widgets.Dropdown, "Forget", NOTHING, options=options)
-        self.sliders = {}
-        texts = {
-            "lambda_attention": "attention: the name goes unheard",
-            "lambda_prior": "prior: everything else stays",
-            "lambda_regularization": "regularization: near the start",
+        attention, prior, regularization = config.weights
+        self.sliders = {
+            "lambda_attention": _choice("attention: the name goes unheard", attention),
+            "lambda_prior": _choice("prior: everything else stays", prior),
+            "lambda_regularization": _choice("regularization: near the start", regularization),
+            "eta": _choice("η: how far past it", config.eta, (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)),
         }
-        for (name, text), weight in zip(texts.items(), config.weights, strict=True):
-            value = float(weight)
-            top = dict(min=0.0, max=max(1.0, 4 * value), step=max(1.0, 4 * value) / 100)
-            self.sliders[name] = _field(widgets.FloatSlider, text, value, **top)
-        self.sliders["eta"] = _field(
-            widgets.FloatSlider, "η: how far past", float(config.eta), max=2, step=0.1
-        )
-        for slider in self.sliders.values():
-            slider.continuous_update = False
         self.undo = widgets.Button(description="Undo", icon="undo", layout=widgets.Layout(width="7em"))
-        shown = widgets.Layout(max_width="900px", display="none")
-        self.pictures, self.attention = (widgets.Image(format="png", layout=shown) for _ in range(2))
+        hidden = dict(max_width="900px", display="none")
+        self.pictures, self.attention = (
+            widgets.Image(format="png", layout=widgets.Layout(**hidden)) for _ in range(2)
+        )
         a, b, c, d = self.sliders.values()
         super().__init__([self.concept, self.undo], [a, b], [c, d])
         self.children = (*self.children, self.pictures, self.attention)
@@ -238,7 +240,7 @@ class UnlearningStudio(_App):
         try:
             self.run = unlearn(self.pipe, concept, self.settings())
             now = preview(self.pipe, concept, self.seed)
-            grid, maps, text = studio_figures(before, now, self.judge)
+            grid, maps, text = studio_figures(before, now, self.judge, model_card(self.pipe))
         except BaseException:  # an interruption too: the model is left as it was
             self.restore()
             raise
@@ -248,22 +250,25 @@ class UnlearningStudio(_App):
 
 
 def studio_figures(
-    before: Preview, now: Preview, judge: Judge | None
+    before: Preview, now: Preview, judge: Judge | None, card: ModelCard
 ) -> tuple[figures.Plot, figures.Plot, str]:
-    """Pictures and maps before and after, and one sentence about them."""
-    concept, copies = before.names[0], before.copies
-    said = [shown.verdict(judge) for shown in (before, now)]
-    seen = [[sum(s.startswith("✓") for s in row[:copies]) for row in said]]
-    seen.append([sum(s.startswith("✓") for s in row[copies:]) for row in said])
-    text = f"The judge sees “{concept}” in {seen[0][1]} of {copies} pictures ({seen[0][0]} before), "
-    text += f"and the others in {seen[1][1]} ({seen[1][0]} before)."
-    text = text if judge is not None else f"Same seeds, before and after forgetting “{concept}”."
-    columns = [
-        f"{name}\n{a} → {b}" if a or b else name for name, a, b in zip(before.names, *said, strict=True)
-    ]
-    grid = figures.image_grid([before.pictures, now.pictures], ("before", "after"), columns, text, 1.1)
+    """Pictures with the judge's words, maps before and after, and one sentence about them."""
+    concept, copies, names = before.names[0], before.copies, before.names
+    words = [shown.named(judge, card) for shown in (before, now)]
+    was, found = ([w == n for w, n in zip(row, names, strict=True)] for row in words)
+    text = f"Same seeds, before and after forgetting “{concept}”"
+    if any(words[0]):
+        text = f"“{concept}”: the judge sees it in {sum(found[:copies])} of {copies} pictures "
+        text += f"({sum(was[:copies])} before), the others in {sum(found[copies:])} of {len(names) - copies} "
+        text += f"({sum(was[copies:])} before)"
+    rows, below = [before.pictures, now.pictures], words if any(words[0]) else ()
+    grid = figures.image_grid(rows, ("before", "after"), names, text, 1.1, (), below)
     title = f"Where “{concept}” looks: before and after, on one scale"
-    return grid, figures.attention_difference(before.attention, now.attention, concept, title=title), text
+    return (
+        grid,
+        figures.attention_difference(before.attention, now.attention, concept, title=title),
+        text + ".",
+    )
 
 
 def unlearning_studio(

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from duge_lite.lessons import DUGE, fill_memory
 
 import duge_lite as duge
 from duge_lite import baselines, sequence, unlearning
 from duge_lite.errors import DivergedError
-from duge_lite.lessons import DUGE, fill_memory
 from duge_lite.processes import is_main
 
 SETTINGS = duge.UnlearnConfig(

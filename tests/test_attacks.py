@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import duge_lite as duge
-from duge_lite import attacks, checks, visualize_attacks
+from duge_lite import attacks, checks, figures
 from duge_lite.doodles import SYNONYMS, captions
 from duge_lite.errors import DivergedError, UnknownConceptError
 from duge_lite.evaluation import wilson_interval
-from duge_lite.lessons import Pictures, encode_prompts
+from duge_lite.models import Pictures, encode_prompts
 
-QUICK = {"images": 2, "steps": 1}
+QUICK = {"images": 2, "num_inference_steps": 1}
 
 
 @pytest.fixture
@@ -46,10 +46,12 @@ def unchanged(pipe, before):
 
 def test_a_survey_has_a_row_per_picture_on_fixed_seeds(tiny_pipe, tiny_judge):
     prompts = {"one": ["a photo of a car", "a photo of a star"], "two": ["a photo of a car"]}
-    frame = attacks.survey(tiny_pipe, "apple", prompts, images=3, judge=tiny_judge, seed=4, steps=1)
+    frame = attacks.survey(
+        tiny_pipe, "apple", prompts, images=3, judge=tiny_judge, seed=4, num_inference_steps=1
+    )
     assert list(frame.group) == ["one"] * 3 + ["two"] * 3
     assert list(frame.prompt[:3]) == ["a photo of a car", "a photo of a star", "a photo of a car"]
-    alone = duge.sample(tiny_pipe, "a photo of a car", seed=6, steps=1)[0]
+    alone = duge.sample(tiny_pipe, "a photo of a car", seed=6, num_inference_steps=1)[0]
     for i in (2, 5):  # the third of each group starts from seed 4 + 2
         assert np.abs(np.asarray(frame.picture[i], int) - np.asarray(alone, int)).max() <= 1
     assert list(frame.seen) == list(tiny_judge.sees(list(frame.picture), "apple"))
@@ -119,7 +121,7 @@ def test_synonyms_are_those_that_a_model_was_taught(tiny_pipe):
 
 
 def test_company_is_everybody_else_in_both_places(tiny_pipe, tiny_judge):
-    frame = attacks.company(tiny_pipe, "apple", judge=tiny_judge, images=19, steps=1)
+    frame = attacks.company(tiny_pipe, "apple", judge=tiny_judge, images=19, num_inference_steps=1)
     first, second = (list(frame[frame.group == f"named {place}"].prompt) for place in ("first", "second"))
     assert first[0] == "a photo of an apple next to an orange"
     assert second[0] == "a photo of an orange next to an apple"
@@ -320,7 +322,9 @@ def test_a_relearning_survey_looks_before_and_along_the_way(tiny_pipe, tiny_judg
 def test_the_base_model_tells_what_an_apple_is(doodle_master):
     """An attack that finds nothing in a model that knows everything would prove nothing."""
     card = duge.model_card(doodle_master)
-    drawn = duge.sample(doodle_master, card.prompt("apple"), seed=[7], steps=10, latents=True)
+    drawn = duge.sample(
+        doodle_master, card.prompt("apple"), seed=[7], num_inference_steps=10, output_type="latent"
+    )
     prompts = (card.prompt("apple"),) * 4
     apples = Pictures(drawn.repeat(4, 1, 1, 1), encode_prompts(doodle_master, prompts), prompts)
     *_, state = attacks.invert_steps(doodle_master, "apple", apples, steps=25)
@@ -340,7 +344,7 @@ def counted(values, names, levels):
 
 def test_the_summary_shows_every_attack_on_every_model():
     names = [(a, m) for a in ("plain", "company") for m in ("base", "unlearned", "oracle")]
-    figure = visualize_attacks.attack_summary(counted([1, 0, 0.25, 0.9, 0.1, 0], names, ["attack", "model"]))
+    figure = figures.attack_summary(counted([1, 0, 0.25, 0.9, 0.1, 0], names, ["attack", "model"]))
     (axes,) = figure.axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["plain", "company"]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["base", "unlearned", "oracle"]
@@ -351,7 +355,7 @@ def test_the_summary_shows_every_attack_on_every_model():
 
 def test_a_curve_and_its_control_look_alike_but_not_the_same():
     curve = counted([0.0, 1.0], [0, 10], ["step"]).assign(told=[0.06, 0.04])
-    figure = visualize_attacks.recovery_curves({"oracle": curve, "oracle, other pictures": curve / 2}, 0.03)
+    figure = figures.recovery_curves({"oracle": curve, "oracle, other pictures": curve / 2}, 0.03)
     mine, control = figure.axes[0].lines
     assert list(figure.axes[1].lines[0].get_ydata()) == [0.06, 0.04]
     assert mine.get_marker() == control.get_marker() and mine.get_color() == control.get_color()
@@ -362,7 +366,7 @@ def test_a_curve_and_its_control_look_alike_but_not_the_same():
 def test_too_many_models_are_refused():
     names = [("plain", str(i)) for i in range(4)]
     with pytest.raises(ValueError, match="at most 3 beside"):
-        visualize_attacks.attack_summary(counted([0.0] * 4, names, ["attack", "model"]))
+        figures.attack_summary(counted([0.0] * 4, names, ["attack", "model"]))
 
 
 def test_recovery_time_knows_right_from_wrong():

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from duge_lite.lessons import Noised, Pass, encode_prompts
 
 from duge_lite import baselines, unlearning
 from duge_lite.errors import UnknownConceptError
-from duge_lite.lessons import Noised, Pass, encode_prompts
 from duge_lite.models import model_card, sample
 from duge_lite.unlearning import UnlearnConfig, unlearn
 

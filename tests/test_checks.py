@@ -1,10 +1,13 @@
 """The checkers of the exercises: what is right passes, what is wrong gets its own hint, nothing raises."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import duge_lite as duge
 from duge_lite import checks, losses
+from duge_lite.evaluation import sequence_metrics
 
 # What readers may hand in, whatever the exercise.
 
@@ -197,3 +200,36 @@ def test_book_megabytes_counts_both_halves_and_all_layers():
     ):
         verdict = checks.book_megabytes(wrong)
         assert not verdict and hint in verdict.message
+
+
+def scores(matrix, requests, k):
+    row = matrix.loc[k]
+    return 1 - row[requests[:k]].mean(), row.drop(requests[:k]).mean()
+
+
+def test_gone_and_kept_agrees_with_the_metrics(tiny_master):
+    rows = {"orange": [1, 0.5, 0.25], "apple": [1, 0, 0.75], "car": [1, 1, 0]}
+    matrix, requests = pd.DataFrame(rows, dtype=float), ["apple", "car"]
+    metrics = sequence_metrics(matrix, requests, duge.model_card(tiny_master))
+    assert checks.gone_and_kept(scores)
+    for k in (1, 2):
+        assert scores(matrix, requests, k) == pytest.approx(metrics.loc[k, ["UA", "objects kept"]].tolist())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda m, r, k: ..., "not yet"),
+        (lambda m, r, k: scores(m, r, len(r)), "first k requests"),
+        (lambda m, r, k: (1 - m.loc[k, r].mean(), m.loc[k].drop(r).mean()), "the car still counts"),
+        (lambda m, r, k: (m.loc[k, r[:k]].mean(), scores(m, r, k)[1]), "UA is 1 - 0"),
+        (lambda m, r, k: (1 - m.loc[k, r[k - 1]], scores(m, r, k)[1]), "the old one too"),
+        (lambda m, r, k: (scores(m, r, k)[0], m.loc[k].drop(r[k - 1]).mean()), "the other three"),
+        (lambda m, r, k: (1 - m.iloc[k, :k].mean(), m.iloc[k, k:].mean()), "by their name"),
+        (lambda m, r, k: scores(m, r, k)[0], "four that are to stay"),
+        (lambda m, r, k: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_gone_and_kept_gets_its_own_hint(wrong, hint):
+    verdict = checks.gone_and_kept(wrong)
+    assert not verdict and hint in verdict.message

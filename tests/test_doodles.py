@@ -20,10 +20,12 @@ from duge_lite.doodles import (
     Scene,
     draw,
     draw_scene,
+    negatives,
     prompt,
     sample_scene,
 )
 from duge_lite.doodles.captions import HELD_OUT_TEMPLATES, TEMPLATES, caption, with_article
+from duge_lite.doodles.negatives import KINDS, Nothing, draw_nothing
 from duge_lite.doodles.train import (
     CAPTIONS_PER_IMAGE,
     COMPOUNDS,
@@ -31,8 +33,10 @@ from duge_lite.doodles.train import (
     MAX_TOKENS,
     World,
     _render,
+    nothing_labels,
     tokenize,
 )
+from duge_lite.doodles.unseen import UNSEEN, unseen
 from duge_lite.errors import UnknownConceptError
 
 seeds = st.integers(0, 2**32 - 1)
@@ -178,6 +182,83 @@ def test_scenes_of_chosen_objects_only():
     for chosen in (["apple"], ["apple", "car"]):
         shown = {n for _ in range(50) for n in sample_scene(rng, chosen).objects}
         assert shown == set(chosen)
+
+
+# Pictures of nothing, and the rule that none of them may pass for an object
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_seed_one_picture_of_nothing(kind):
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    (one, told), (again, same), (other, _) = (draw_nothing(np.random.default_rng(s), kind) for s in (3, 3, 4))
+    assert one.size == (64, 64) and one.mode == "RGB" and told == same and told.kind == kind
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[2])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+def width(points: np.ndarray) -> tuple[float, float]:
+    """How near and how far the outline is from the shape's centre."""
+    far = np.linalg.norm(points, axis=1)
+    return far.min(), far.max()
+
+
+@given(
+    seeds,
+    st.sampled_from(STYLES),
+    st.sampled_from([p.color for o in OBJECTS for p in negatives._DRAWERS[o]()]),
+)
+def test_a_shape_keeps_the_rule(seed, style, color):
+    part = negatives.shape(np.random.default_rng(seed), color, style)
+    h = negatives.hue(color)
+    if negatives._is_circle(part):
+        assert style != "sketch" and (h is None or 190 <= h <= 290)  # no apple, no orange
+    elif part.width == 0 and len(part.points) == 3:
+        assert h is None or not 60 < h < 180  # no tree
+    elif part.width == 0 and not negatives._is_boxy(part):
+        near, far = width(part.points)
+        assert near <= 0.55 * far  # nothing nearly round
+        assert style != "mosaic" or h is None or 180 < h < 300
+
+
+@given(seeds, st.sampled_from(STYLES))
+def test_shapes_hold_one_circle_at_most(seed, style):
+    parts = negatives._shapes(np.random.default_rng(seed), style)
+    assert 1 <= len(parts) <= 6 and sum(map(negatives._is_circle, parts)) <= 1
+
+
+@given(seeds)
+def test_an_object_in_pieces_lacks_its_largest(seed):
+    parts = negatives._shuffled(np.random.default_rng(seed), "photo")
+    assert len(parts) + 1 in {len(negatives._DRAWERS[name]()) for name in negatives.IN_PIECES}
+
+
+def test_only_halves_that_differ_are_joined():
+    assert set(negatives.IN_HALVES) | set(negatives.IN_PIECES) <= set(OBJECTS)
+    assert {name for group in negatives.ALIKE for name in group} <= set(negatives.IN_HALVES)
+    for name in negatives.IN_HALVES:  # each finds a partner
+        assert [n for n in negatives.IN_HALVES if not any({n, name} <= g for g in negatives.ALIKE)]
+
+
+def test_nothing_has_no_object_but_a_style_where_one_can_say():
+    rng = np.random.default_rng(0)
+    told = [draw_nothing(rng, style=style)[1] for style in STYLES for _ in range(20)]
+    labels = nothing_labels(told)
+    assert (labels[:, :20] == 0).all()
+    for n, row in zip(told, labels, strict=True):
+        assert row[20:25].nansum() == bool(n.style) and row[20:25].isnan().any() == (n.style is None)
+        assert row[25:].nansum() == bool(n.background) and row[25:].isnan().any() == (n.background is None)
+    (square,) = nothing_labels([Nothing("shapes", "neon", "black")])
+    assert {LABELS[i] for i in square.nonzero()[:, 0]} == {"neon", "black background"}
+    white = draw_nothing(rng, "blank", "photo", "white")[1]
+    assert white.style is None and white.background == "white"  # a photo or a sketch? nobody can say
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_the_report_has_kinds_of_its_own(kind):
+    one, other = unseen(kind, 2)
+    assert one.size == other.size == (64, 64) and not np.array_equal(one, other)
+    assert np.array_equal(one, unseen(kind, 1)[0]) and kind not in KINDS
 
 
 # Captions

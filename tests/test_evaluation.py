@@ -14,6 +14,7 @@ import duge_lite as duge
 from duge_lite import evaluation
 from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, captions, draw
 from duge_lite.doodles.train import LABELS
+from duge_lite.doodles.unseen import UNSEEN, unseen
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
 from duge_lite.evaluation import OTHER, Judge, clip_score, kid, wilson_interval
 
@@ -89,6 +90,40 @@ def test_names_and_sees_follow_the_scores(tiny_judge):
     for label in LABELS:
         np.testing.assert_array_equal(tiny_judge.sees(images, label), scores[label] > 0)
     assert 0 < np.mean([tiny_judge.sees(images, label) for label in LABELS]) < 1
+
+
+@pytest.mark.parametrize(("temperature", "threshold", "logit"), [(1.0, 0.5, 0.0), (2.0, 0.8, 2.772589)])
+def test_the_threshold_comes_from_the_judges_config(tiny_judge, tmp_path, temperature, threshold, logit):
+    assert tiny_judge.threshold is None  # never calibrated: it has to choose
+    tiny_judge.model.save_pretrained(tmp_path)
+    model = type(tiny_judge.model).from_pretrained(tmp_path)
+    model.config.calibration = {"temperature": temperature, "threshold": threshold}
+    model.save_pretrained(tmp_path), tiny_judge.processor.save_pretrained(tmp_path)
+    told = Judge.load(tmp_path)
+    assert told.threshold == pytest.approx(logit)  # temperature * log(p / (1 - p))
+
+
+@pytest.fixture
+def strict(tiny_judge, monkeypatch) -> Judge:
+    """A judge that sees what has a logit above 1; three pictures: a clear one, a doubtful one, none."""
+    scores = pd.DataFrame({"apple": [5.0, 0.9, -3.0], "orange": [1.2, 0.8, -4.0], "car": [-2.0, 0.1, -2.0]})
+    monkeypatch.setattr(Judge, "threshold", 1.0)
+    monkeypatch.setattr(Judge, "labels", list(scores.columns))
+    monkeypatch.setattr(Judge, "scores", lambda _, images, among: scores[: len(images)][list(among)])
+    return tiny_judge
+
+
+def test_below_its_threshold_a_judge_says_something_else(strict):
+    assert strict.names(pictures(3), ["apple", "orange", "car"]) == ["apple", OTHER, OTHER]
+    assert strict.names(pictures(3), ["orange", "car"]) == ["orange", OTHER, OTHER]
+    assert strict.names(pictures(3), ["car"]) == [OTHER] * 3
+    assert strict.sees(pictures(3), "orange").tolist() == [True, False, False]
+    assert strict.sees(pictures(3), "car").tolist() == [False] * 3
+
+
+def test_what_is_nothing_counts_as_gone_and_as_lost(tiny_pipe, strict):
+    table = duge.evaluate(tiny_pipe, ["apple"], images=3, steps=1, judge=Oracle(["apple", OTHER, OTHER]))
+    assert table.accuracy["apple"] == pytest.approx(1 / 3) and table.mostly["apple"] == OTHER
 
 
 SAID = ["Granny Smith", "convertible", "teapot"]
@@ -333,6 +368,25 @@ def test_the_judge_sees_what_is_there_and_nothing_else(judge, fresh):
     there = np.array([[name == shown for name in OBJECTS] for shown in fresh["object"]])
     assert seen[there].mean() >= 0.95
     assert seen[~there].mean() <= 0.01
+
+
+def test_the_judge_knows_that_nothing_is_there(judge):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    blank = [np.full((64, 64, 3), color, dtype=np.uint8) for color in BACKGROUNDS.values()]
+    nothing = [Image.fromarray(x) for x in (*noise, *blank)]
+    for ground in BACKGROUNDS.values():  # a red square is no apple
+        square = Image.new("RGB", (64, 64), ground)
+        square.paste((216, 38, 44), (18, 18, 46, 46))
+        nothing.append(square)
+    assert judge.names(nothing, OBJECTS) == [OTHER] * len(nothing)
+    assert not any(judge.sees(nothing, name).any() for name in OBJECTS)
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_the_judge_takes_nothing_for_nothing(judge, kind):
+    """Kinds of pictures that training never saw; the data card holds the numbers of more of them."""
+    named = judge.names(unseen(kind, 40, seed=5), OBJECTS)
+    assert named.count(OTHER) >= 37
 
 
 def test_the_judge_finds_both_of_two(judge):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from duge_lite.lessons import Noised
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,7 +29,6 @@ from duge_lite.attacks import encode_pictures
 from duge_lite.doodles import OBJECTS, STYLES, captions
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
 from duge_lite.evaluation import clip_score
-from duge_lite.lessons import Noised
 from duge_lite.models import data_dir, default_device, default_dtype, model_card
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import shrunk
 import torch
+from duge_lite.lessons import memory_prompts
+from duge_lite.studio import preview
 
 import duge_lite as duge
 from duge_lite import attacks, baselines
 from duge_lite.errors import ModelNotFoundError
 from duge_lite.evaluation import clip_score
-from duge_lite.lessons import memory_prompts
 from duge_lite.models import DEFAULT_REAL_MODEL
-from duge_lite.studio import preview
 from duge_lite.widgets import erosion_timeline
 
 TINY = duge.UnlearnConfig(

@@ -14,6 +14,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 import duge_lite as duge
 from duge_lite.doodles import OBJECTS, draw, train
 from duge_lite.doodles.train import LABELS, Recipe, World, _rate, _render, fit
+from duge_lite.evaluation import OTHER
 
 pytestmark = pytest.mark.xdist_group("training")  # all compare with one undisturbed run
 
@@ -24,6 +25,8 @@ class Miniature(Recipe):
     clip_steps: int = 4
     autoencoder_steps: int = 4
     judge_steps: int = 4
+    nothings: int = 12
+    redrawn: int = 8
     decoder_steps: int = 4
     unet_steps: int = 5
     pair_steps: int = 5
@@ -158,7 +161,7 @@ def test_a_pool_of_processes_draws_the_same_world(tmp_path):
 @pytest.mark.slow
 def test_all_stages_write_their_folders(trained):
     out, work, names = trained
-    assert names == ["world", "tokenizer", "clip", "autoencoder", "judge", "unet", "decoder"]
+    assert names == ["world", "tokenizer", "clip", "autoencoder", "unet", "decoder", "judge"]
     assert {p.name for p in out.iterdir()} == {"doodle-clip", "doodle-judge", "doodle-sd"}
     pickled = {".bin", ".pt", ".ckpt", ".pkl"}
     assert not [p for p in out.rglob("*") if p.suffix in pickled]
@@ -202,14 +205,49 @@ def test_the_judge_is_a_plain_classifier(trained):
     judge = duge.Judge.load(trained[0] / "doodle-judge")
     assert judge.labels == list(LABELS)
     assert judge.model.config.problem_type == "multi_label_classification"
-    assert judge.names([draw("car")], OBJECTS)[0] in OBJECTS
+    assert judge.model.config.calibration.keys() == {"temperature", "threshold"}
+    assert judge.names([draw("car")], OBJECTS)[0] in (*OBJECTS, OTHER)
+
+
+@pytest.mark.slow
+def test_the_judge_learns_from_drawings_and_from_nothing(trained):
+    out, work, _ = trained
+    world = miniature_world(World, 40, 0)
+    lessons = train.Lessons.cached(world, None, MINIATURE, work)  # all drawn: no pipeline is needed
+    assert {name: len(x) for name, x in lessons.pictures.items()} == {
+        "drawn": 40, "redrawn": 8, "nothing": 12, "nothing redrawn": 8, "broken": 2,
+    }  # fmt: skip
+    images, labels = lessons.batch(train._generator(0, "judge", 3))
+    assert images.shape == (64, 3, 64, 64) and labels.shape == (64, 31)
+    assert sum(lessons.share.values()) == 64
+    shows = labels[:, :20].sum(1) > 0
+    assert shows[:38].all() and not shows[38:].any()
+    again = lessons.batch(train._generator(0, "judge", 3))
+    assert torch.equal(images, again[0]) and not torch.equal(
+        images, lessons.batch(train._generator(0, "judge", 4))[0]
+    )
+    files = {p.name for p in work.glob("judge-*")}
+    assert files == {f"judge-{n}-0.npz" for n in ("broken", "nothing", "nothing-redrawn", "redrawn")}
+
+
+@pytest.mark.slow
+def test_the_judge_can_be_trained_alone(trained, tmp_path, monkeypatch, capsys):
+    out, work, _ = trained
+    shutil.copytree(out / "doodle-sd", tmp_path / "doodle-sd")
+    shutil.copytree(work, tmp_path / ".training")
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--judge"])
+    monkeypatch.setattr(train, "Recipe", Miniature)
+    train.main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "doodle-judge")
+    ours, theirs = (load_file(p / "doodle-judge" / "model.safetensors") for p in (tmp_path, out))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 class Stop(Exception):
     pass
 
 
-CHECKPOINTS = ["clip", "autoencoder", "judge", "unet", "unet-pairs", "decoder"]
+CHECKPOINTS = ["clip", "autoencoder", "unet", "unet-pairs", "decoder", "judge"]
 
 
 @pytest.mark.slow
@@ -284,10 +322,25 @@ def test_the_oracle_never_saw_an_apple(trained, tmp_path, monkeypatch):
     assert ours == theirs
     assert not torch.equal(oracle.conv_in.weight, full.conv_in.weight)
     assert (tmp_path / "work" / "unet-without-apple.pt").exists()
+    less = len(world.scenes)
+
+    def unet_loss(world, *args):
+        seen.append(world)
+        return loss(world, *args)
+
+    loss = train.unet_loss
+    monkeypatch.setattr(train, "unet_loss", unet_loss)
+    before = oracle.conv_in.weight
+    train.train_oracle(["apple"], "apple", MINIATURE, tmp_path / "out", tmp_path / "work", more_steps=3)
+    assert len(seen[-1].scenes) == less  # still no apple
+    after = UNet2DConditionModel.from_pretrained(folder).conv_in.weight
+    assert 0 < (after - before).abs().max() < 0.01  # from where it was, at half the rate
+    saved = torch.load(tmp_path / "work" / "unet-without-apple-more.pt", weights_only=True)
+    assert saved["step"] == 3 and saved["optimizer"]["param_groups"][0]["lr"] < MINIATURE.more_lr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("until", ["tokenizer", "clip", "judge"])
+@pytest.mark.parametrize("until", ["tokenizer", "clip", "autoencoder"])
 def test_the_command_stops_where_it_is_told(trained, tmp_path, monkeypatch, capsys, until):
     _, work, names = trained
     shutil.copytree(work, tmp_path / ".training")

@@ -1,4 +1,4 @@
-"""The viewer's HTML, the figures and the explorer's logic, without a browser (see test_browser.py)."""
+"""The viewer's HTML, without a browser (see test_browser.py)."""
 
 import base64
 import html.parser
@@ -11,19 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duge_lite.attention import AttentionTrace, Token, read_tokens, trace
-from duge_lite.explorer import attention_explorer, draw_attention
-from duge_lite.viewer import compare, layer_label
-from duge_lite.visualize_attention import (
-    attention_difference,
-    concentration,
-    denoising,
-    heads,
-    token_shares,
-    word_overlay,
-    words_by_layer,
-    words_by_step,
-)
+from duge_lite.attention import AttentionTrace, Token, read_tokens
+from duge_lite.viewer import Slides, compare, layer_label
 
 DOODLE_LAYERS = {
     "down_blocks.0.attentions.0": 16,
@@ -47,7 +36,7 @@ def noise_trace(prompt, tokenizer, layers=None, steps=25, side=64, previews=Fals
         maps[f"{name}.transformer_blocks.0.attn2"] = (p / p.sum(1, keepdims=True)).astype(np.float16)
     image = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
     return AttentionTrace(
-        image, prompt, 0, 4.0, tuple(tokens), tuple(words), maps, tuple(range(steps, 0, -1)), cut,
+        image, prompt, tuple(tokens), tuple(words), maps, tuple(range(steps, 0, -1)), cut,
         (image,) * steps if previews else (),
     )  # fmt: skip
 
@@ -131,7 +120,7 @@ NASTY = """</script><script>alert(1)</script> "quoted" '&amp;' <img src=x onerro
 
 
 def test_text_is_escaped(tokenizer):
-    tokens = (Token("<start>", None, "start"), Token(NASTY, 0, span=(0, len(NASTY))))
+    tokens = (Token("<start>", None, "start"), Token(NASTY, 0))
     t = noise_trace("a", tokenizer, steps=2)
     t = replace(t, prompt=NASTY, words=(NASTY,), tokens=(*tokens, *t.tokens[2:]), cut=NASTY)
     for page in (t._repr_html_(), compare(t, t, labels=(NASTY, "<b>"))._repr_html_()):
@@ -196,153 +185,13 @@ def test_layer_labels(name, label):
     assert layer_label(name) == label
 
 
-# Figures
-
-
-@pytest.fixture(scope="module")
-def noise(tokenizer):
-    return noise_trace("a photo of an apple next to an umbrella", tokenizer, steps=5, previews=True)
-
-
-def heat_maps(figure) -> list:
-    """The images of attention in a figure, without pictures and colour bars."""
-    return [i for axes in figure.axes for i in axes.images if i.get_array().dtype == np.float32]
-
-
-def test_word_overlay_shares_one_scale(noise):
-    figure = word_overlay(noise, ["apple", "umbrella", "apple next"])
-    maps = heat_maps(figure)
-    largest = max(noise.word(w).max() for w in ("apple", "umbrella", "apple next"))
-    assert len(maps) == 3 and {m.get_clim() for m in maps} == {(0, largest)}
-    np.testing.assert_array_equal(maps[1].get_array(), noise.word("umbrella"))
-    labels = [axes.get_ylabel() for axes in figure.axes]
-    assert "share of a place's attention" in labels
-    assert "apple, most at the" in figure.alt and figure.png().startswith(b"\x89PNG")
-    assert len(heat_maps(word_overlay(noise))) == len({w.lower() for w in noise.words})
-    assert len(heat_maps(word_overlay(noise, "<start>"))) == 1
-
-
-def test_alternative_text_says_where(noise):
-    maps = {k: np.zeros_like(v) for k, v in noise.maps.items()}
-    for m in maps.values():
-        m[:, noise.positions("apple"), -1, 0] = 0.5
-    assert "apple, most at the lower left (50.0%)" in word_overlay(replace(noise, maps=maps), "apple").alt
-
-
-def test_words_by_step_and_by_layer(noise):
-    maps = heat_maps(words_by_step(noise, ["apple", "umbrella"], columns=3))
-    assert len(maps) == 6 and len({m.get_clim() for m in maps}) == 1
-    for column, step in enumerate((0, 2, 4)):
-        np.testing.assert_array_equal(maps[column].get_array(), noise.step(step).word("apple"))
-    figure = words_by_layer(noise, "apple")
-    maps = heat_maps(figure)
-    assert [m.get_array().shape[0] for m in maps] == [16, 8, 8, 8, 8, 16, 16]
-    assert figure.axes[0].get_title() == "down 0.0\n16×16"
-
-
-def test_heads_figure(noise):
-    by_head = replace(noise, maps={k: np.stack([v, v * 0], axis=1) for k, v in noise.maps.items()})
-    maps = heat_maps(heads(by_head.at(16), "apple"))
-    assert len(maps) == 6
-    assert maps[0].get_array().max() > 0 and maps[1].get_array().max() == 0
-    with pytest.raises(ValueError, match="heads=True"):
-        heads(noise, "apple")
-
-
-def test_difference_is_centred_on_zero(noise):
-    fainter = replace(noise, maps={k: v * np.float16(0.25) for k, v in noise.maps.items()})
-    figure = attention_difference(noise, fainter, "apple")
-    before, after, change = heat_maps(figure)
-    assert before.get_clim() == after.get_clim()
-    low, high = change.get_clim()
-    assert low == -high and high == pytest.approx(np.abs(change.get_array()).max())
-    np.testing.assert_allclose(change.get_array(), -0.75 * noise.word("apple"), rtol=0.02)
-    with pytest.raises(ValueError, match=r"\(16, 16\) and \(8, 8\)"):
-        attention_difference(noise, noise.at(8), "apple")
-
-
-def test_concentration_and_shares_show_the_numbers(noise):
-    (axes,) = concentration(noise, ["apple", "umbrella"]).axes
-    np.testing.assert_allclose(axes.lines[1].get_ydata(), noise.concentration("umbrella"))
-    figure = token_shares(noise)
-    widths = [patch.get_width() for patch in figure.axes[0].patches]
-    assert sum(widths) == pytest.approx(1, abs=0.01)
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    pads = sum(t.kind == "pad" for t in noise.tokens)
-    assert names[0] == "<start>" and names[-1] == f"<pad> × {pads}"
-
-
-def test_denoising_moves(noise, tmp_path):
-    film = denoising(noise, "apple", side=64)
-    film.save(tmp_path / "film.gif")
-    with Image.open(tmp_path / "film.gif") as gif:
-        assert gif.n_frames == 5 and gif.info["loop"] == 0 and gif.size == (134, 86)
-        first = np.asarray(gif.convert("RGB"))
-        gif.seek(4)
-        assert gif.info["duration"] == 2000
-        assert not np.array_equal(np.asarray(gif.convert("RGB")), first)
-    assert 'alt="“a photo of' in film._repr_html_()
-    with pytest.raises(ValueError, match="previews=True"):
-        denoising(replace(noise, previews=()), "apple")
-
-
-def test_figures_of_an_empty_prompt(tokenizer):
-    empty = noise_trace("", tokenizer, steps=2)
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        word_overlay(empty)
-    assert len(heat_maps(word_overlay(empty, ["<start>", "<pad>"]))) == 2
-
-
-# The explorer
-
-
-def test_explorer_draws(tiny_pipe):
-    app = attention_explorer(tiny_pipe, prompt="a photo of an apple", seed=3)
-    app.steps.value, app.guidance.value = 2, 2.0
-    seen = []
-    app.progress.observe(lambda change: seen.append((change["new"], app.prompt.disabled)), "value")
-    app.button.click()
-    assert app.error is None, app.error
-    assert seen == [(1, True), (2, True)], "the bar moves while the controls are off"
-    assert not any(control.disabled for control in app.controls)
-    (shown,) = app.output.outputs
-    expected = trace(tiny_pipe, "a photo of an apple", seed=3, steps=2, guidance_scale=2.0)
-    assert np.array_equal(app.result.image, expected.image)
-    assert shown["data"]["text/html"] == app.result._repr_html_()
-    app.button.click()
-    assert len(app.output.outputs) == 1, "a new picture replaces the old one"
-
-
-def test_explorer_with_two_pipelines(tiny_pipe, tiny_master):
-    app = attention_explorer(tiny_pipe, tiny_master, labels=("old", "new"))
-    app.steps.value = 2
-    app.draw()
-    assert app.result.labels == ("old", "new") and app.progress.value == app.progress.max == 4
-    assert app.prompt.value == "a photo of an apple next to an umbrella"
-
-
-def test_explorer_says_errors_in_one_sentence(tiny_pipe, monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("out of memory:\n <b>17 GB</b>")
-
-    app = attention_explorer(tiny_pipe, seed=1)
-    app.steps.value = 1
-    with monkeypatch.context() as patch:
-        patch.setattr(tiny_pipe.unet, "forward", broken)
-        app.button.click()
-    assert "RuntimeError: out of memory: &lt;b&gt;17 GB&lt;/b&gt;" in app.message.value
-    assert isinstance(app.error, RuntimeError) and app.progress.bar_style == "danger"
-    assert not any(control.disabled for control in app.controls)
-    app.button.click()
-    assert app.error is None and app.message.value == "" and app.progress.bar_style == ""
-    assert app.result is not None
-
-
-def test_draw_attention_is_a_plain_function(tiny_pipe):
-    counted = []
-    result = draw_attention(
-        (tiny_pipe, tiny_pipe), ("a", "b"), "a sketch of a car", steps=2, on_step=lambda *n: counted.append(n)
-    )
-    assert counted == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert np.array_equal(result.traces[0].image, result.traces[1].image)
-    assert len(result.traces[0].previews) == 2
+def test_slides_work_without_a_kernel(tokenizer):
+    """Each frame with its label as alternative text; the first is shown; text is escaped."""
+    reader = Reader(Slides([b"one", b"two"], [NASTY, "second"], "A <b>title</b>")._repr_html_())
+    images = [attributes for tag, attributes in reader.tags if tag == "img"]
+    assert [i["alt"] for i in images] == [NASTY, "second"]
+    assert [i["style"].split()[-1] for i in images] == ["block", "none"]
+    assert [base64.b64decode(i["src"].split(",")[1]) for i in images] == [b"one", b"two"]
+    (slider,) = [attributes for tag, attributes in reader.tags if tag == "input"]
+    assert slider["max"] == "1" and slider["aria-label"] == "A <b>title</b>" in reader.text
+    assert not reader.scripts and [tag for tag, _ in reader.tags].count("script") == 0
