@@ -268,7 +268,7 @@ def beats(function: Callable) -> Verdict:
 
 
 def book_megabytes(function: Callable) -> Verdict:
-    """Notebook 07: ``book_megabytes(channels, moments, places)``, what the solver notes of one prompt, in MB."""
+    """Notebook 07: ``book_megabytes(channels, moments, places)``, MB that the solver notes of a prompt."""
     cases = [
         Case(([1_000_000], 1, 1), 4.0, "Two halves of guidance, and two bytes for each number."),
         Case(([1_000_000, 500_000], 1, 1), 6.0, "Each layer has its own channels: sum them."),
