@@ -1,5 +1,9 @@
 """The checkers of the exercises: what is right passes, what is wrong gets its own hint, nothing raises."""
 
+import re
+from pathlib import Path
+
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -233,3 +237,23 @@ def test_gone_and_kept_agrees_with_the_metrics(tiny_master):
 def test_a_wrong_gone_and_kept_gets_its_own_hint(wrong, hint):
     verdict = checks.gone_and_kept(wrong)
     assert not verdict and hint in verdict.message
+
+
+# The solutions that are folded below the exercises
+
+FOLDED = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
+SOLUTIONS = {
+    f"{path.stem[:2]} {code.split('(')[0].split()[-1]}": code
+    for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+    for cell in nbformat.read(path, as_version=4).cells
+    for code in FOLDED.findall(cell.source)
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_folded_solutions_are_right(name):
+    there = {"np": np, "pd": pd, "torch": torch}
+    exec(SOLUTIONS[name], there)
+    function = name.split()[-1]
+    verdict = getattr(checks, function)(there[function])
+    assert verdict, verdict
