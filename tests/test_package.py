@@ -14,6 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import duge_lite
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import badges  # noqa: E402
@@ -51,6 +53,15 @@ def test_constraints_are_plain_exact_pins():
 def test_dependency_is_pinned_within_its_range(line):
     requirement = Requirement(line)
     assert requirement.specifier.contains(read_pins()[canonical(requirement.name)])
+
+
+def test_what_is_imported_is_a_dependency():
+    ours = sys.stdlib_module_names | {"duge_lite", "IPython", "PIL"}
+    text = "\n".join(p.read_text("utf-8") for p in (ROOT / "duge_lite").rglob("*.py"))
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) - ours
+    known = {canonical(Requirement(line).name) for line in PROJECT["dependencies"]}
+    assert set(map(canonical, imported)) <= known
+    assert PROJECT["version"] == duge_lite.__version__
 
 
 # The image of 2026-08; installing there must upgrade nothing.

@@ -66,8 +66,13 @@ def test_a_request_that_changes_nothing_keeps_those_before(tiny_pipe):
 
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [(RuntimeError, EXACT), (asyncio.CancelledError, EXACT), (KeyboardInterrupt, EXACT), (SystemExit, GRADIENT)],
-)  # fmt: skip
+    [
+        (RuntimeError, EXACT),
+        (asyncio.CancelledError, EXACT),
+        (KeyboardInterrupt, EXACT),
+        (SystemExit, GRADIENT),
+    ],
+)
 def test_what_was_interrupted_goes_on_to_the_same_weights(
     tiny_pipe, fresh, tmp_path, kind, config, monkeypatch
 ):
