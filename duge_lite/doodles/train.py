@@ -767,9 +767,12 @@ def train_oracle(
     stage, folder = f"unet-without-{name}", out / f"doodle-oracle-{name}" / "unet"
     data = (world, latents, pipe.tokenizer, pipe.text_encoder, recipe)
     if more_steps:
-        unet = _ready(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).float())
+        unet = make_unet(recipe.seed)
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).state_dict())
         slower = replace(recipe, lr=recipe.more_lr)
-        unet = fit(f"{stage}-more", unet, partial(unet_loss(*data), pairs=8), more_steps, slower, work)
+        unet = fit(
+            f"{stage}-more", _ready(unet), partial(unet_loss(*data), pairs=8), more_steps, slower, work
+        )
     else:
         unet = train_unet(*data, work, stage)
     _half(unet, folder)
