@@ -8,6 +8,7 @@ unless the caller asks for it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -103,6 +104,8 @@ def uce(
     a run (``restore()`` works). Raises UnknownConceptError for unknown names.
     """
     started = time.perf_counter()
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge = {ridge}: expected 0 or more")
     card = card or model_card(pipe)
     goes = resolve(pipe, concept, card)
     own = {c.name for c in goes}
