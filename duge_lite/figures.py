@@ -723,11 +723,12 @@ def timeline_step(
 
 def _looks(names: Names) -> list[dict]:
     """A model keeps its own marker and colour, also in "unlearned, other pictures"; others get spare ones."""
-    spare = iter(LINES[3:])
-    looks = [LOOKS.get(name.split(",")[0]) or next(spare, None) for name in names]
-    if None in looks:
+    spare, looks = iter(LINES[3:]), dict(LOOKS)
+    for name in names:
+        looks[name.split(",")[0]] = looks.get(name.split(",")[0]) or next(spare, None)
+    if None in looks.values():
         raise ValueError(f"{', '.join(names)}: expected at most {len(LINES) - 3} beside {', '.join(LOOKS)}")
-    return looks
+    return [looks[name.split(",")[0]] for name in names]
 
 
 def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?", caption: str = "") -> Plot:

@@ -25,7 +25,7 @@ CHECKERS = [
     checks.gone_and_kept,
     checks.recovery_time,
     checks.beats,
-    checks.training_megabytes,
+    checks.book_megabytes,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
@@ -184,10 +184,15 @@ def test_beats_knows_equals_and_names():
         assert not verdict and hint in verdict.message, verdict
 
 
-def test_training_megabytes_counts_every_copy():
-    assert checks.training_megabytes(lambda weights: weights * 18 / 1e6)
-    forgot = checks.training_megabytes(lambda weights: weights * 14 / 1e6)
-    assert not forgot and "two means" in forgot.message
+def test_book_megabytes_counts_both_halves_and_all_layers():
+    assert checks.book_megabytes(lambda channels, moments, places: 4 * moments * places * sum(channels) / 1e6)
+    for wrong, hint in (
+        (lambda channels, moments, places: 2 * moments * places * sum(channels) / 1e6, "Two halves"),
+        (lambda channels, moments, places: 4 * moments * places * channels[0] / 1e6, "sum them"),
+        (lambda channels, moments, places: 4 * sum(channels) / 1e6, "Every moment"),
+    ):
+        verdict = checks.book_megabytes(wrong)
+        assert not verdict and hint in verdict.message
 
 
 def scores(matrix, requests, k):
@@ -201,7 +206,7 @@ def test_gone_and_kept_agrees_with_the_metrics(tiny_master):
     metrics = sequence_metrics(matrix, requests, duge.model_card(tiny_master))
     assert checks.gone_and_kept(scores)
     for k in (1, 2):
-        assert scores(matrix, requests, k) == pytest.approx(metrics.loc[k, ["UA", "IRA"]].tolist())
+        assert scores(matrix, requests, k) == pytest.approx(metrics.loc[k, ["UA", "objects kept"]].tolist())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from ..attention import trace
 from ..baselines import uce
+from ..config import UnlearnConfig
 from ..evaluation import OTHER, Judge, evaluate, wilson_interval
 from ..figures import KEPT, LOST, Plot, contact_sheet, word_overlay
 from ..models import load_oracle, load_pipeline, sample
@@ -155,10 +156,16 @@ def base_pictures(pipe: StableDiffusionPipeline) -> Judged:
 def forgotten_pictures(pipe: StableDiffusionPipeline) -> dict[str, Judged]:
     """Ten each of six models that forgot: their concept in every style, then five bystanders."""
     out: dict[str, Judged] = {}
-    ways = [("UCE", uce)] * 4 + [("DUGE", lambda p, c: unlearn(p, c, progress=False))] * 2
-    for k, (concept, (name, forget)) in enumerate(
-        zip(("apple", "umbrella", "harp", "goldfish", "apple", "car"), ways, strict=True)
-    ):
+    gradient = UnlearnConfig(solver="gradient")
+    models = (
+        ("UCE", "apple", uce),
+        ("UCE", "umbrella", uce),
+        ("solved", "apple", lambda p, c: unlearn(p, c, progress=False)),
+        ("solved", "goldfish", lambda p, c: unlearn(p, c, progress=False)),
+        ("gradient", "apple", lambda p, c: unlearn(p, c, gradient, progress=False)),
+        ("gradient", "harp", lambda p, c: unlearn(p, c, gradient, progress=False)),
+    )
+    for k, (name, concept, forget) in enumerate(models):
         run = forget(pipe, concept)
         asked = [(concept, style) for style in STYLES]
         asked += [(o, "photo") for o in (OBJECTS * 2)[3 * k + 1 :] if o != concept][:5]
