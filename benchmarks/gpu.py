@@ -204,7 +204,6 @@ def main(words: list[str] | None = None) -> None:
                 lines += [f"{'request over drawing':28}{request / plain:10.3f}"]
     text = "\n".join(lines) + "\n"
     print(text, end="")
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / ("gpu-count.txt" if args.count else "gpu.txt")).write_text(text)
 
 
