@@ -163,7 +163,6 @@ class Cells:
 
 
 def interval(hits: float, count: int) -> str:
-    """ "0.98 (0.95 to 0.99, n 200)" """
     low, high = wilson_interval(round(hits), int(count))
     return f"{hits / count:.3f} ({low:.2f}-{high:.2f}, n={int(count)})"
 

@@ -118,9 +118,7 @@ class Reader:
 
     def __call__(self, key: tuple, pictures: np.ndarray) -> dict:
         world, rows, card = key[0], self.rows.copy(), self.card
-        if world == ANY:
-            world = "12 requests"
-        gone, mine = set(WORLDS[world]), pictures[: len(rows)]
+        gone, mine = set(WORLDS.get(world, TWELVE)), pictures[: len(rows)]
         rows["saw"] = self.judge.names(images(mine), card.concepts)
         rows["saw style"] = self.judge.names(images(mine), card.styles)
         photo = rows["style"] == card.styles[0]

@@ -184,6 +184,7 @@ def measured() -> dict[str, float]:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", action="store_true", help="count bytes, without a GPU")
+    parser.add_argument("--no-xl", action="store_true", help="leave the larger one out (minutes on a CPU)")
     args = parser.parse_args(words)
     if not args.count:
         lines = [f"{name:28}{value:10.3f}" for name, value in measured().items()]
@@ -193,7 +194,8 @@ def main(words: list[str] | None = None) -> None:
         plain = drawing["weights"] + max(drawing["denoiser"], drawing["decoder"])
         lines = ["counted, not measured; Stable Diffusion 1.4's size: GiB on the device"]
         lines += [f"{name:28}{value / GIB:10.3f}" for name, value in drawing.items()]
-        for name, shape in {"Stable Diffusion 1.4": SD14, "Stable Diffusion XL": XL}.items():
+        shapes = {"Stable Diffusion 1.4": SD14} | ({} if args.no_xl else {"Stable Diffusion XL": XL})
+        for name, shape in shapes.items():
             solve = counted_solve(shape)
             lines += ["", name] + [f"{key:28}{value:10.3f}" for key, value in solve.items()]
             if name == "Stable Diffusion 1.4":
@@ -202,7 +204,6 @@ def main(words: list[str] | None = None) -> None:
                 lines += [f"{'request over drawing':28}{request / plain:10.3f}"]
     text = "\n".join(lines) + "\n"
     print(text, end="")
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / ("gpu-count.txt" if args.count else "gpu.txt")).write_text(text)
 
 

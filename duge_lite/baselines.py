@@ -98,10 +98,10 @@ def uce(
         W = (sum W0 a c^T + sum W0 p p^T + ridge W0) (sum c c^T + sum p p^T + ridge I)^-1
 
     Gandikota et al., arXiv 2308.14761, eq. 7; several concepts are one solve, as in the paper. As in its
-    code, names stand alone, and the state is that of their last token (of the empty prompt the one before its
-    end). ``styled=True`` (ours) takes all tokens of the concept's prompts in every style, and for the anchor
-    the same prompts without the name, or those of ``anchor``. Returns a run (``restore()`` works). Raises
-    UnknownConceptError for unknown names.
+    code, names stand alone, and the state is that of their last token (of the empty prompt the one before
+    its end). ``styled=True`` (ours) takes all tokens of the concept's prompts in every style, and for the
+    anchor the empty prompt's or those of the anchor in the same style; a style becomes the plain one. Returns
+    a run (``restore()`` works). Raises UnknownConceptError for unknown names.
     """
     started = time.perf_counter()
     if not 0 <= ridge < math.inf:
@@ -112,8 +112,8 @@ def uce(
     names = [c for c in card.forgettable if c not in own] if preserve is None else list(preserve)
     if styled:
         asked = [p for c in goes for p in c.prompts]
-        without = card.prompts if anchor else card.nameless
-        others = [p for c in goes for p in c.instead or without(anchor or c.name)]
+        plain = card.prompts(anchor) if anchor else [""] * len(card.styles)
+        others = [p for c in goes for p in c.instead or (plain * len(c.prompts))[: len(c.prompts)]]
         kept = [p for name in names for p in card.prompts(card.check(name)) if p not in asked]
         c, a, p = (encode_prompts(pipe, texts).double().flatten(0, 1) for texts in (asked, others, kept))
     else:

@@ -138,39 +138,32 @@ def cross_attention_loss(function: Callable) -> Verdict:
 
 
 def regularization_loss(function: Callable) -> Verdict:
-    """Notebook 02: ``regularization_loss(parameters, anchor, importance)``, from three dicts of tensors."""
+    """Notebook 02: ``regularization_loss(parameters, anchor)``, from two dicts of tensors."""
 
     def weights(a: tuple, b: tuple) -> dict[str, Tensor]:
         return {"a": torch.tensor(a), "b": torch.tensor(b)}
 
     now, start = weights((1.0, 2.0), (3.0,)), weights((0.0, 2.0), (1.0,))
-    even = weights((1.0, 1.0), (1.0,))
     cases = [
-        Case((start, start, even), 0.0, "At the anchor nothing pulls."),
+        Case((start, start), 0.0, "At the anchor nothing pulls."),
         Case(
-            (now, start, even),
+            (now, start),
             5 / 3,
             "The squared distances are 1, 0 and 4: add them all up, then divide once by how many numbers "
             "there are, 3 (not by the 2 tensors, and not tensor by tensor).",
         ),
         Case(
-            (now, dict(reversed(start.items())), even),
+            (now, dict(reversed(start.items()))),
             5 / 3,
             "Look each tensor up by its name: dictionaries need not have the same order.",
         ),
-        Case(
-            (now, start, weights((0.5, 100.0), (2.0,))),
-            8.5 / 3,
-            "Multiply each squared distance by its importance, after squaring: 0.5 · 1 + 100 · 0 + 2 · 4. "
-            "Still divide by 3.",
-        ),
     ]
     slope = Case(
-        ({"a": torch.tensor([1.0, 3.0])}, {"a": torch.zeros(2)}, {"a": torch.ones(2)}),
+        ({"a": torch.tensor([1.0, 3.0])}, {"a": torch.zeros(2)}),
         [[1.0, 3.0]],
         "The number is right, its gradient is not: stay in torch from beginning to end.",
     )
-    praise = "the square makes a long way dear, the importance says for whom."
+    praise = "the square makes a long way dear and a short one cheap."
     return examine(function, cases, praise) and examine(_gradient(function), [slope], praise)
 
 

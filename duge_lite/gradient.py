@@ -322,7 +322,7 @@ def batch_losses(
     record: AttentionRecorder | None,
     config: UnlearnConfig,
 ) -> tuple[Tensor, Tensor]:
-    """The objective's loss and the prior-preservation loss, from one pass; 0 without memory."""
+    """The objective's loss and the prior-preservation loss (0 without memory), from one pass over both."""
     wanted = forget.wanted
     if objective.moving:
         with torch.no_grad():
@@ -424,10 +424,8 @@ def gradient_steps(
                 scaler.step(optimizer)
                 scaler.update()
                 if step == config.iterations:  # no later loss would show what the last step did
-                    with (
-                        torch.no_grad(),
-                        watching(unet, objective, config, memory.latents.shape[-2:]) as record,
-                    ):
+                    size = target.noisy.shape[-2:]
+                    with torch.no_grad(), watching(unet, objective, config, size) as record:
                         with mixed:
                             last = batch_losses(unet, forget, keep, objective, record, config)
                     _check_finite(dict(zip(losses, last, strict=False)), torch.zeros(()), step, config)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GRADIENT, MEMORY, changed, weights
+from conftest import GRADIENT, MEMORY, changed, quick_card, weights
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 import duge_lite as duge
@@ -41,7 +41,7 @@ def test_none_gets_our_losses_and_its_own_falls(tiny_pipe, method):
     small = dict(iterations=15, batch_size=4, memory_batch_size=1, target_size=5, lessons=8, lr=1e-3)
     before = weights(tiny_pipe)
     config = replace(config, **small)
-    run = duge.unlearn(tiny_pipe, "apple", config, MEMORY, progress=False, objective=objective)
+    run = duge.unlearn(tiny_pipe, "apple", config, MEMORY, None, False, objective, quick_card(tiny_pipe))
     assert run.objective == objective.name and set(run.before) == changed(tiny_pipe, before)
     assert run.history.forget.iloc[-5:].mean() < run.history.forget.iloc[:3].mean()
     if objective.moving:

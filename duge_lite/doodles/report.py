@@ -136,7 +136,7 @@ def reliability(judge: Judge, bins: int = 15) -> Plot:
     axes.spines[["top", "right"]].set_visible(False)
     error = calibration_error(probability, right)
     figure.suptitle(
-        f"Sure and right go together: calibration error {error:.3f}, n = {len(right)}", fontsize=10
+        f"Expected calibration error {error:.3f}, n = {len(right)}: numbers are pictures", fontsize=10
     )
     figure.alt = f"Reliability of the judge in {bins} bins; expected calibration error {error:.3f}."
     return figure
@@ -180,7 +180,7 @@ def judged_sheet(judge: Judge, rows: dict[str, Judged], title: str) -> Plot:
     figure = Plot(figsize=(10.4, 0.5 + 1.36 * len(rows)), dpi=100)
     figure.colors = 256
     panels = figure.subplots(len(rows), 10)
-    figure.subplots_adjust(0.02, 0.02, 0.995, 1 - 0.75 / (0.5 + 1.36 * len(rows)), 0.06, 0.55)
+    figure.subplots_adjust(0.02, 0.02, 0.995, 1 - 0.55 / (0.5 + 1.36 * len(rows)), 0.06, 0.55)
     for line, (name, row) in zip(panels, rows.items(), strict=True):
         line[0].set_ylabel(name, fontsize=8)
         said = judge.names([p for p, _ in row], OBJECTS)
