@@ -36,6 +36,7 @@ Words = Names | str | None
 SERIES = (KEPT, LOST, ACCENT, "#d9a441", "#3f8f6b", "#1b1b1b", LEFT)
 LINES = [dict(marker=m, color=c, ms=6, lw=1.8) for m, c in zip("oXs^DPv", SERIES, strict=True)]
 LOOKS = {"base": LINES[2], "unlearned": LINES[1], "oracle": LINES[0]}  # a model keeps its own look
+LOOKS |= {"exact": LINES[1], "UCE": LINES[4]}
 
 
 class Plot(Figure):
@@ -723,12 +724,13 @@ def timeline_step(
 
 def _looks(names: Names) -> list[dict]:
     """A model keeps its own marker and colour, also in "unlearned, other pictures"; others get spare ones."""
-    spare, looks = iter(LINES[3:]), dict(LOOKS)
-    for name in names:
-        looks[name.split(",")[0]] = looks.get(name.split(",")[0]) or next(spare, None)
+    heads = [name.split(",")[0] for name in names]
+    looks = {head: LOOKS[head] for head in heads if head in LOOKS}
+    spare = iter([line for line in LINES[3:] if line not in looks.values()])
+    looks |= {head: next(spare, None) for head in dict.fromkeys(heads) if head not in looks}
     if None in looks.values():
         raise ValueError(f"{', '.join(names)}: expected at most {len(LINES) - 3} beside {', '.join(LOOKS)}")
-    return [looks[name.split(",")[0]] for name in names]
+    return [looks[head] for head in heads]
 
 
 def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?", caption: str = "") -> Plot:
@@ -739,11 +741,14 @@ def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?", captio
     """
     attacks, models = (list(table.index.unique(level)) for level in (0, 1))
     caption = caption or "pictures in which the judge sees the concept, with 95 % intervals"
-    figure, axes = _plot(7.6, 1.1 + 0.55 * len(attacks), title=title, caption=caption)
+    between = min(0.22, 0.84 / len(models))
+    figure, axes = _plot(
+        7.6, 1.1 + max(0.55, 0.16 * len(models)) * len(attacks), title=title, caption=caption
+    )
     one = axes[0, 0]
     for k, (model, look) in enumerate(zip(models, _looks(models), strict=True)):
         rows = table.xs(model, level=1)
-        at = np.array([attacks.index(a) for a in rows.index]) + 0.22 * (k - (len(models) - 1) / 2)
+        at = np.array([attacks.index(a) for a in rows.index]) + between * (k - (len(models) - 1) / 2)
         one.hlines(at, rows.low, rows.high, color=look["color"], linewidth=2, alpha=0.55)
         one.plot(rows.seen, at, **look | {"ls": "", "ms": 8, "mec": "white", "mew": 0.8})
         name = dict(xytext=(9, 0), textcoords="offset points", va="center", fontsize=8, color=look["color"])
