@@ -122,7 +122,7 @@ def test_below_its_threshold_a_judge_says_something_else(strict):
 
 
 def test_what_is_nothing_counts_as_gone_and_as_lost(tiny_pipe, strict):
-    table = duge.evaluate(tiny_pipe, ["apple"], images=3, steps=1, judge=Oracle(["apple", OTHER, OTHER]))
+    table = duge.evaluate(tiny_pipe, ["apple"], images=3, num_inference_steps=1, judge=Oracle(["apple", OTHER, OTHER]))
     assert table.accuracy["apple"] == pytest.approx(1 / 3) and table.mostly["apple"] == OTHER
 
 
