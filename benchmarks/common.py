@@ -1,175 +1,184 @@
-"""What several benchmarks share: a Stable Diffusion with random weights, a clock, a workbench to learn on."""
+"""What the benchmarks share: the methods, a folder of cells that can be gone on with, what a judge counts.
+
+A cell is drawn once: its pictures lie in ``results/*.work`` (not in git). Numbers are read from them, so that
+another judge needs no new drawing. Judged pictures are drawn in ten steps of DPM-Solver++ under bfloat16
+autocast (two thirds of the time on a processor that has it); forgetting runs as it does by default.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from PIL import Image
 
+import duge_lite as duge
+from duge_lite import baselines
 from duge_lite.config import UnlearnConfig
-from duge_lite.lessons import (
-    DUGE,
-    Lessons,
-    Noised,
-    Objective,
-    Pictures,
-    ask_about_concept,
-    ask_about_memory,
-    passed,
-    watching,
-)
-from duge_lite.losses import prior_preservation_loss, regularization_loss
-from duge_lite.models import data_dir
-from duge_lite.unlearning import batch_losses, trainable_parameters, training
+from duge_lite.evaluation import wilson_interval
+from duge_lite.gradient import DUGE, Objective
+from duge_lite.unlearning import UnlearningRun
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 10
+BASE, ORACLE = "base", "oracle"
+OURS, GRADIENT = "ours (DUGE's losses, solved)", "DUGE's losses, by gradient"
 
 
-def stable_diffusion(
-    device: torch.device | str, dtype: torch.dtype = torch.float32, tiny: bool = False
-) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.4 with random weights, made without the hub; ``tiny``: a narrow one."""
-    width, places = (64, 1000) if tiny else (768, 49408)
-    unet = dict(sample_size=16 if tiny else 64, cross_attention_dim=width)
-    vae = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    if tiny:
-        unet |= dict(block_out_channels=(32, 64, 64, 64), layers_per_block=1)
-        vae |= dict(block_out_channels=(32,) * 4)
-    else:
-        vae |= dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-    tokenizer = CLIPTokenizer.from_pretrained(data_dir() / "doodle-sd" / "tokenizer")
-    tokenizer.model_max_length = 77
-    text = CLIPTextConfig(
-        vocab_size=places,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=1 if tiny else 12,
-        num_attention_heads=width // 64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.device("meta"):  # spares the large one its initialization
-        denoiser = UNet2DConditionModel(**unet)
-    denoiser = denoiser.to_empty(device=device).to(dtype).eval()
-    with torch.no_grad():
-        for p in denoiser.parameters():
-            p.uniform_(-0.02, 0.02)
-    with torch.device(device):
-        encoder, autoencoder = CLIPTextModel(text).to(dtype).eval(), AutoencoderKL(**vae).eval()
-    pipe = StableDiffusionPipeline(
-        vae=autoencoder.to(torch.float32 if dtype == torch.float16 else dtype),  # as load_pipeline() does
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=denoiser,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.vae.enable_slicing()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+@dataclass(frozen=True)
+class Method:
+    """How one row of the tables forgets: by the settings of ours or of a baseline's, or UCE."""
+
+    config: UnlearnConfig | None = None
+    objective: Objective = DUGE
+    uce: Mapping[str, object] | None = None
+
+    @property
+    def exact(self) -> bool:
+        return self.uce is None and self.config is not None and self.config.solver == "exact"
+
+    @property
+    def slow(self) -> bool:
+        return self.config is not None and self.config.solver == "gradient"
+
+    def forget(
+        self, pipe, concepts: str | Sequence[str], seed: int, gone: Sequence[str] = ()
+    ) -> UnlearningRun:
+        """``gone``: what went before. UCE solves for one concept or several at once, as it is published."""
+        if self.uce is None:
+            config = replace(self.config, seed=seed)
+            return duge.unlearn(pipe, concepts, config, objective=self.objective, progress=False)
+        names = [concepts] if isinstance(concepts, str) else list(concepts)
+        kept = [c for c in duge.model_card(pipe).forgettable if c not in (*gone, *names)]
+        return baselines.uce(pipe, concepts, preserve=kept, **self.uce)
 
 
-def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """How long ``action`` takes, the GPU's part included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+def methods() -> dict[str, Method]:
+    """Every row: ours, and each baseline as published and in a small sweep of its settings."""
+
+    def of(pair: tuple[Objective, UnlearnConfig], **changes: object) -> Method:
+        return Method(replace(pair[1], **changes), pair[0])
+
+    gradient = UnlearnConfig(solver="gradient", instead="nameless", eta=0.5)
+    esd, star = baselines.esd(), baselines.concept_ablation("star")
+    return {
+        OURS: Method(UnlearnConfig()),
+        "solved, values": Method(UnlearnConfig(solve="values", eta=0.0)),
+        "solved, nameless": Method(UnlearnConfig(instead="nameless", eta=0.5)),
+        GRADIENT: Method(gradient),
+        "  without attention": Method(replace(gradient, lambda_attention=0.0)),
+        "  without prior": Method(replace(gradient, lambda_prior=0.0)),
+        "  without regularization": Method(replace(gradient, lambda_regularization=0.0)),
+        "UCE": Method(uce={}),
+        "UCE, ridge 0.1": Method(uce={"ridge": 0.1}),
+        "UCE, styled": Method(uce={"styled": True}),
+        "UCE, styled, ridge 0.1": Method(uce={"styled": True, "ridge": 0.1}),
+        "UCE, styled, ridge 0.01": Method(uce={"styled": True, "ridge": 0.01}),
+        "ESD-x": of(esd),
+        "ESD-x, lr 3e-4": of(esd, lr=3e-4),
+        "ESD-x, prior 1": of(esd, lambda_prior=1.0),
+        "concept ablation": of(star),
+        "concept ablation, prior 1": of(star, lambda_prior=1.0),
+        "concept ablation, nearest": of(star, lambda_prior=1.0, instead="nearest"),
+        "gradient ascent": of(baselines.gradient_ascent()),
+        ORACLE: Method(),
+        BASE: Method(),
+    }
+
+
+def chosen(only: Sequence[str] | None) -> dict[str, Method]:
+    """The methods of these names, or with names that begin so; all of them by default."""
+    known = methods()
+    names = [[o] if o in known else [n for n in known if n.startswith(o)] for o in only or [""]]
+    return {name: known[name] for group in names for name in group}
+
+
+def digest(*folders: str) -> str:
+    """Which weights were used: other ones make old cells worthless."""
+    files = (duge.data_dir() / f for f in folders)
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
+
+
+def model() -> str:
+    return digest("doodle-sd/unet/diffusion_pytorch_model.safetensors")
+
+
+def judge_id() -> str:
+    return digest("doodle-judge/model.safetensors", "doodle-judge/config.json")
+
+
+def draw(pipe, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """(n, 64, 64, 3)."""
+    with torch.autocast(pipe.device.type, torch.bfloat16):
+        return np.stack([np.asarray(p) for p in duge.sample(pipe, prompts, list(seeds), STEPS)])
+
+
+def images(pictures: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(p) for p in pictures]
+
+
+class Cells:
+    """Finished cells: a line of json each in ``path``; their pictures in the folder ``.work`` beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.work = path, path.with_suffix(".work")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(exist_ok=True)
+
+    def lines(self) -> dict[tuple, dict]:
+        """The cells of today's model, by key; what a judge said of one stands in a later line."""
+        text, cells = self.path.read_text().splitlines() if self.path.exists() else [], {}
+        for line in map(json.loads, text):
+            if line["model"] == model():
+                cells[tuple(line["key"])] = cells.get(tuple(line["key"]), {}) | line
+        return cells
+
+    def __contains__(self, key: Sequence) -> bool:
+        return tuple(key) in self.lines()
+
+    def file(self, key: Sequence) -> Path:
+        return self.work / (hashlib.sha256(json.dumps([*key, model()]).encode()).hexdigest()[:16] + ".npz")
+
+    def add(self, key: Sequence, cost: Mapping[str, object], pictures: np.ndarray | None = None) -> None:
+        """A finished cell; what is measured on its pictures comes later."""
+        if pictures is not None:
+            np.savez_compressed(self.file(key), pictures=pictures)
+        with self.path.open("a") as file:  # a line at once: another process may append, too
+            file.write(json.dumps({"key": list(key), "model": model(), **cost}) + "\n")
+
+    def read(self, measure: Callable[[tuple, np.ndarray], dict]) -> list[dict]:
+        """All cells with what ``measure`` says of their pictures; read anew when the judge is another one."""
+        for key, cell in self.lines().items():
+            if cell.get("judge") != judge_id() and self.file(key).exists():
+                pictures = np.load(self.file(key))["pictures"]
+                self.add(key, measure(key, pictures) | {"judge": judge_id()})
+        return [c for c in self.lines().values() if c.get("judge", judge_id()) == judge_id()]
+
+
+def interval(hits: float, count: int) -> str:
+    low, high = wilson_interval(round(hits), int(count))
+    return f"{hits / count:.3f} ({low:.2f}-{high:.2f}, n={int(count)})"
+
+
+def cpu(action: Callable[[], object]) -> float:
+    """Processor seconds; on CUDA those of the clock."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    started = clock()
     action()
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-@dataclass
-class Workbench:
-    """A UNet that learns from random pictures, one iteration at a time, in several ways."""
-
-    unet: UNet2DConditionModel
-    config: UnlearnConfig
-    about: Noised
-    kept: Noised
-    other: Tensor  # (n, T, D)
-    trained: dict[str, torch.nn.Parameter]
-    anchor: dict[str, Tensor]
-    mixed: torch.autocast
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-6)
-        self.generator = torch.Generator().manual_seed(0)
-        self.lessons, self.memory = self.ask()
-
-    def ask(self) -> tuple[Lessons, Lessons]:
-        """The reference's answers, as :func:`duge_lite.unlearning.unlearn_steps` asks for them, once."""
-        with self.mixed:
-            lessons = ask_about_concept(self.unet, self.about, self.other, DUGE, self.config)
-            return lessons, ask_about_memory(self.unet, self.kept, self.config)
-
-    def draw(self) -> tuple[Lessons, Lessons]:
-        sizes = (self.config.batch_size, self.config.memory_batch_size)
-        parts = zip((self.lessons, self.memory), sizes, strict=True)
-        return tuple(part.batch(size, self.generator, self.unet.device) for part, size in parts)
-
-    def learn(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-        self.optimizer.step()
-
-    def plain(self) -> None:
-        """Fine-tuning: the noise is to be told, for as many pictures."""
-        parts, names = self.draw(), ("noisy", "timesteps", "encoder_hidden_states")
-        inputs = [torch.cat([getattr(part, n) for part in parts]) for n in names]
-        with self.mixed:
-            loss = prior_preservation_loss(self.unet(*inputs).sample, inputs[0])
-        self.learn(loss)
-
-    def iteration(
-        self,
-        objective: Objective = DUGE,
-        regularize: bool = True,
-        parts: tuple[Lessons, Lessons] | None = None,
-    ) -> None:
-        """Unlearning, as :func:`duge_lite.unlearning.unlearn_steps` does it."""
-        with watching(self.unet, objective, self.config, self.about.noisy.shape[-2:]) as record:
-            with self.mixed:
-                forget, prior = batch_losses(self.unet, *(parts or self.draw()), objective, record)
-            loss = forget + 100 * prior
-            if regularize:
-                loss = loss + 10 * regularization_loss(self.trained, self.anchor)
-            self.learn(loss)
-
-    def two_unets(self, frozen: UNet2DConditionModel) -> None:
-        """The same with a frozen copy of the UNet, which is asked at every iteration."""
-        (forget, keep), names = self.draw(), ("noisy", "timesteps", "encoder_hidden_states")
-        size = len(forget.noisy)
-        inputs = [torch.cat([getattr(part, n) for part in (forget, forget, keep)]) for n in names]
-        inputs[2][size : 2 * size] = self.other[:1].to(inputs[2])
-        look = watching(frozen, DUGE, self.config, self.about.noisy.shape[-2:])
-        with torch.no_grad(), self.mixed, look as record:
-            answer = frozen(*inputs).sample
-        concept, instead = (passed(answer, record, s) for s in (slice(size), slice(size, 2 * size)))
-        forget = replace(forget, wanted=DUGE.target(concept, instead, answer, self.config))
-        self.iteration(parts=(forget, replace(keep, wanted=(answer[2 * size :],))))
-
-
-@contextmanager
-def workbench(unet: UNet2DConditionModel, config: UnlearnConfig, tokens: int = 77) -> Iterator[Workbench]:
-    """As many lessons as a batch holds; what is trained is in 32 bits inside, as in the library's loop."""
-    size, side, generator = config.batch_size, unet.config.sample_size, torch.Generator().manual_seed(0)
-    precision = unet.dtype
-    mixed = torch.autocast(
-        unet.device.type, precision, enabled=precision != torch.float32, cache_enabled=False
-    )
-    text = torch.randn(size, tokens, unet.config.cross_attention_dim)
-    pictures = Pictures(torch.randn(size, 4, side, side), text, ("x",) * size)
-    about, kept = (Noised.of(pictures, size, DDIMScheduler(), generator) for _ in range(2))
-    trained = trainable_parameters(unet, config)
-    with training(unet, trained):
-        anchor = {n: p.detach().half() for n, p in trained.items()}
-        yield Workbench(unet, config, about, kept, text, trained, anchor, mixed)
+def table(frame: pd.DataFrame, path: Path) -> None:
+    """Prints a table and writes it beside the cells."""
+    with pd.option_context("display.width", 250, "display.max_columns", 50, "display.max_colwidth", 60):
+        print(frame.round(3).to_string())
+    frame.round(4).to_csv(path)

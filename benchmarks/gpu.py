@@ -1,54 +1,48 @@
-"""What unlearning takes of a GPU: memory and seconds on Stable Diffusion 1.4's architecture at 512 px.
+"""What a request takes beside plain drawing, at the sizes of Stable Diffusion 1.4 and XL: memory and seconds.
 
-    python benchmarks/gpu.py                           # measures, on the GPU at hand
-    python benchmarks/gpu.py --estimate                # memory alone, without a GPU and without computing
-    python benchmarks/gpu.py --device cpu --size tiny  # both ways work anywhere on a narrow model
+    python benchmarks/gpu.py            # on the GPU at hand: measured, Stable Diffusion 1.4's size
+    python benchmarks/gpu.py --count    # anywhere: bytes of all tensors that live at once; the solve's time
 
-Weights are random, sizes those of the model's card. The rows named DUGE are the library's own loop. A plain
-fine-tuning step trains the same tensors on as many pictures; *two UNets* asks a frozen copy at every
-iteration in place of answers that were collected before. Measured memory is what PyTorch's allocator gave
-out at most during the rounds, and what it took from the GPU for that ("reserved").
-
-An estimate runs the same code on tensors without data (FakeTensorMode) and counts the bytes of all that are
-alive on the device at once. It says nothing of the allocator's slack, cuDNN's workspace and CUDA's own needs
-(one to two GiB together). bfloat16 stands for either kind of 16 bits, and the rules of autocast are those on
-CUDA. On the CPU the same counter is used on real tensors.
+Weights are random, sizes those of the model's card. Counting runs the drawing on tensors without data
+(FakeTensorMode), in 16 bits as on a GPU, and the solve on real ones, from hidden states that are random;
+what the library keeps in main memory (the book, the base weights) is printed beside it. It says nothing of
+an allocator's slack and cuDNN's workspace. Of XL only the cross-attention layers are made: the solve needs
+no others.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import inspect
-import math
-import statistics
+import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+import zlib
+from types import SimpleNamespace
 
-import diffusers
 import torch
-from attention import ways
-from common import seconds, stable_diffusion, workbench
-from diffusers import StableDiffusionPipeline
+from common import RESULTS
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import duge_lite as duge
 from duge_lite.config import UnlearnConfig
-from duge_lite.lessons import Pictures
-from duge_lite.models import ModelCard, model_card
-from duge_lite.unlearning import trainable_parameters, unlearn_steps
+from duge_lite.solver import PictureBook
 
 GIB = 2**30
-
-# ---------------------------------------------------------------------------- counting
+XL = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    cross_attention_dim=2048,
+)
+SD14 = dict(sample_size=64, cross_attention_dim=768)
 
 
 class Tally(TorchDispatchMode):
@@ -63,233 +57,154 @@ class Tally(TorchDispatchMode):
         if op is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1  # there is no data: any number will do
         result = op(*args, **(kwargs or {}))
-        self.add(result)
-        return result
-
-    def add(self, tensors: object) -> None:
-        for tensor in tree_leaves(tensors):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
                 self.now += storage.nbytes()
                 self.seen[storage] = weakref.finalize(storage, self._subtract, storage.nbytes())
         self.peak = max(self.peak, self.now)
-
-    def elsewhere(self, tensors: object) -> None:
-        """Ends the count of tensors that a GPU would not hold."""
-        for tensor in tree_leaves(tensors):
-            if end := self.seen.get(tensor.untyped_storage()):
-                end()
+        return result
 
     def _subtract(self, size: int) -> None:
         self.now -= size
 
 
-@contextmanager
-def cuda_autocast() -> Iterator[None]:
-    """Autocast on the CPU with CUDA's rule for the norms: they are computed in 32 bits."""
-
-    def widened(op: Callable) -> Callable:
-        def compute(*args: object) -> Tensor:
-            inside = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-            with torch._C._ExcludeDispatchKeyGuard(inside):
-                return op(*(a.float() if isinstance(a, Tensor) else a for a in args))
-
-        return compute
-
-    with torch.library._scoped_library("aten", "IMPL") as rules:
-        for op in (torch.ops.aten.group_norm, torch.ops.aten.layer_norm):
-            rules.impl(op.default, widened(op), "AutocastCPU")
-        yield
-
-
-# ---------------------------------------------------------------------------- what is compared
-
-
-def loop(pipe: StableDiffusionPipeline, **changes: object) -> Iterator[object]:
-    """The library's loop, with few pictures to begin with."""
-    config = model_card(pipe).config(target_size=2, memory_size=2, lessons=2, iterations=10**6, **changes)
-    side, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
-    memory = Pictures(torch.randn(2, 4, side, side), torch.randn(2, 77, width), ("a photo of a harp",) * 2)
-    return unlearn_steps(pipe, "apple", config, memory)
-
-
-def other(pipe: StableDiffusionPipeline, two_unets: bool = False) -> Iterator[None]:
-    """Other ways to use the UNet. What main memory holds is named as in the library's loop."""
-    frozen = copy.deepcopy(pipe.unet).requires_grad_(False) if two_unets else None
-    with workbench(pipe.unet, model_card(pipe).config()) as bench:
-        start, lessons, memory_lessons = {}, bench.lessons, bench.memory  # noqa: F841
-        while True:
-            bench.two_unets(frozen) if two_unets else bench.plain()
-            yield
+def stable_diffusion(device: str, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.4 with random weights, made without the hub; on "meta" without any."""
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(duge.data_dir() / "doodle-sd" / "tokenizer")
+    tokenizer.model_max_length = 77
+    with torch.device("meta"):
+        unet, encoder = UNet2DConditionModel(**SD14), CLIPTextModel(text)
+        vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    parts = {"unet": unet, "text_encoder": encoder, "vae": vae}
+    for name, part in parts.items():
+        if device != "meta":
+            part.to_empty(device=device)
+            for p in (*part.parameters(), *part.buffers()):
+                p.data = torch.empty_like(p).uniform_(-0.02, 0.02) if p.is_floating_point() else p.data
+            encoder.text_model.embeddings.position_ids = torch.arange(77, device=device)[None]
+        parts[name] = part.to(torch.float32 if name == "vae" and dtype == torch.float16 else dtype).eval()
+    unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(**parts, tokenizer=tokenizer, scheduler=scheduler, **unchecked)
+    pipe.vae.enable_slicing()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def drawing(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    while True:
-        duge.sample(pipe, ["a photo of an apple"] * model_card(pipe).batch_size, steps=2, latents=True)
-        yield
+def size(*modules: torch.nn.Module) -> int:
+    return sum(p.nbytes for m in modules for p in m.parameters())
 
 
 @torch.no_grad()
-def decoding(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    side, where = pipe.unet.config.sample_size, {"dtype": pipe.vae.dtype, "device": pipe.vae.device}
-    while True:
-        pipe.vae.decode(torch.zeros(model_card(pipe).batch_size, 4, side, side, **where))
-        yield
+def counted_drawing() -> dict[str, int]:
+    """The peak of the denoiser on both halves of a batch, and of decoding a picture; beside the weights."""
+    pipe, found = stable_diffusion("meta", torch.bfloat16), {}
+    batch = duge.model_card(pipe).batch_size
+    for name, part, n in (("denoiser", pipe.unet, 2 * batch), ("decoder", pipe.vae, 1)):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in part.modules():
+                full = {k: p for k, p in module._parameters.items() if p is not None}
+                full = {k: torch.empty_like(p, device="cpu") for k, p in full.items()}
+                module._parameters.update({k: torch.nn.Parameter(p, False) for k, p in full.items()})
+            x, text = (torch.empty(n, *rest, dtype=torch.bfloat16) for rest in ((4, 64, 64), (77, 768)))
+            with Tally() as tally:
+                part.decode(x) if name == "decoder" else part(x, torch.ones(1), text)
+        found[name] = tally.peak
+    found["weights"] = size(pipe.unet, pipe.vae, pipe.text_encoder)
+    return found
 
 
-LOW, LORA = {"low_memory": True}, {"low_memory": True, "train": "lora"}
-WAYS: dict[str, Callable[[StableDiffusionPipeline], Iterator[object]]] = {
-    "two steps of drawing pictures": drawing,
-    "decoding them": decoding,
-    "plain fine-tuning step": other,
-    "two UNets": partial(other, two_unets=True),
-    "DUGE": loop,
-    'DUGE, match="probs"': partial(loop, match="probs"),
-    "DUGE, low_memory": partial(loop, **LOW),
-    "DUGE, low_memory, LoRA": partial(loop, **LORA),  # last: its adapter stays
-}
+@torch.no_grad()
+def counted_solve(shape: dict, forget: str = "apple") -> dict[str, float]:
+    """The solve on random hidden states: its peak beside the weights, its seconds, the book's size."""
+    stub = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(cross_attention_dim=0)))
+    card = duge.model_card(stub)
+    config = UnlearnConfig(**card.settings, instead="nameless", eta=0.5)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**shape)
+    for name, module in unet.named_modules():
+        if ".attn2" not in name:
+            module._parameters.clear()
+        else:
+            full = {k: torch.randn(p.shape) for k, p in module._parameters.items() if p is not None}
+            full = {k: torch.nn.Parameter(p * p.shape[-1] ** -0.5, False) for k, p in full.items()}
+            module._parameters.update(full)
+    width = shape["cross_attention_dim"]
 
+    def encode_prompt(prompts: list[str], **_: object) -> tuple[Tensor, None]:
+        seeds = (torch.Generator().manual_seed(zlib.crc32(p.encode())) for p in prompts)
+        return torch.stack([torch.randn(77, width, generator=seed) for seed in seeds]), None
 
-@dataclass(frozen=True)
-class Row:
-    """What one turn took: GiB given out, GiB taken from the GPU for it, seconds; and MB a lesson."""
-
-    peak: float
-    reserved: float = math.nan
-    seconds: float = math.nan
-    lesson: float = math.nan
-
-
-def models(pipe: StableDiffusionPipeline) -> dict[str, torch.nn.Module]:
-    return {"UNet": pipe.unet, "text encoder": pipe.text_encoder, "autoencoder": pipe.vae}
-
-
-def in_main_memory(steps: Iterator[object]) -> dict[str, object]:
-    """What a loop that was begun keeps off the device."""
-    names = inspect.getgeneratorlocals(steps)
-    return {n: getattr(names[n], "__dict__", names[n]) for n in ("start", "lessons", "memory_lessons")}
-
-
-def counted(name: str, pipe: StableDiffusionPipeline) -> Row:
-    """One turn, by counting tensors."""
-    learns, lesson = WAYS[name] not in (drawing, decoding), math.nan
+    pipe = SimpleNamespace(unet=unet, encode_prompt=encode_prompt)
+    book, goes = PictureBook(pipe, card, config), card.concept(forget)
+    rows, prompts = 2 * config.places * config.num_inference_steps, {*book.memory, *goes.prompts}
+    for prompt in prompts:
+        book.seen[prompt] = {n: torch.randn(rows, a.to_q.in_features).half() for n, a in book.layers.items()}
+    started = time.process_time()
     with Tally() as tally:
-        tally.add([list(model.parameters()) for model in models(pipe).values()])
-        steps = WAYS[name](pipe)
-        next(steps)  # the reference's answers, and the optimizer's state
-        if learns:
-            tally.elsewhere(kept := in_main_memory(steps))
-            lesson = sum(answer[0].nbytes for answer in kept["lessons"]["wanted"]) / 1e6
-        if "low_memory" in name:
-            tally.elsewhere([list(m.parameters()) for m in (pipe.text_encoder, pipe.vae)])
-        tally.peak = tally.now
-        next(steps)
-        steps.close()
-    return Row(tally.peak / GIB, lesson=lesson)
+        book.solve(pipe, [goes], config)
+    return {
+        "layers": len(book.layers),
+        "solve, GiB": tally.peak / GIB,
+        "solve, CPU s": time.process_time() - started,
+        "book, MB a prompt": sum(x.nbytes for x in book.seen[goes.prompts[0]].values()) / 1e6,
+        "prompts": len(prompts),
+        "base weights, GiB": sum(x.nbytes for x in book.reference.values()) / GIB,
+    }
 
 
-def estimated(name: str, tiny: bool) -> Row:
-    """The same without data: the UNet's tensors only say that they are on the CPU."""
-    pipe = stable_diffusion("meta", torch.bfloat16, tiny)
-    if "LoRA" in name:
-        trainable_parameters(pipe.unet, model_card(pipe).config(**LORA))
-    for part in (pipe.text_encoder, pipe.vae.float()):  # as for float16; these have room, and nothing in it
-        part.to_empty(device="cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast():
-        for module in pipe.unet.modules():
-            for own, p in module._parameters.items():
-                if p is not None:
-                    module._parameters[own] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
-        return counted(name, pipe)
-
-
-def measured(name: str, pipe: StableDiffusionPipeline, rounds: int) -> Row:
-    """The median second of some turns; and their peak."""
-    device, cuda = pipe.unet.device, torch.cuda
-    if device.type == "cpu":
-        row = counted(name, pipe)
-    steps = WAYS[name](pipe)
-    next(steps), next(steps)
-    if device.type == "cuda":
-        cuda.empty_cache()
-        cuda.reset_peak_memory_stats()
-    took = statistics.median(seconds(lambda: next(steps), device) for _ in range(rounds))
-    if device.type == "cuda":
-        row = Row(cuda.max_memory_allocated() / GIB, cuda.max_memory_reserved() / GIB)
-    steps.close()
-    return replace(row, seconds=took)
-
-
-# ---------------------------------------------------------------------------- the table
-
-
-def table(rows: dict[str, Row]) -> Iterator[str]:
-    yield f"{'':32}{'GiB':>8}{'reserved':>10}{'seconds':>9}{'a second':>10}"
-    for name, row in rows.items():
-        numbers = f"{row.peak:8.3f}{row.reserved:10.3f}{row.seconds:9.3f}{1 / row.seconds:10.2f}"
-        yield f"{name:32}" + numbers.replace("nan", "  -")
-
-
-def shares(pipe: StableDiffusionPipeline) -> Iterator[str]:
-    """What each part holds, when the cross-attention learns in 16 bits."""
-    for name, model in models(pipe).items():
-        yield f"{name:32}{sum(p.nbytes for p in model.parameters()) / GIB:8.3f}"
-    count = sum(p.numel() for p in trainable_parameters(pipe.unet, model_card(pipe).config()).values())
-    learning = {"what learns, in 32 bits": 4, "its gradient": 4, "the optimizer's state": 8, "the anchor": 2}
-    for name, size in learning.items():
-        yield f"{name:32}{count * size / GIB:8.3f}"
-
-
-def lessons(rows: dict[str, Row], card: ModelCard) -> Iterator[str]:
-    """What the reference's answers take of main memory: as many as the card says, and as for doodles."""
-    counts = (card.config().lessons, UnlearnConfig().lessons)
-    yield f"{'lessons in main memory':32}{'MB each':>8}" + "".join(f"{f'{n}, GB':>10}" for n in counts)
-    for name, row in rows.items():
-        if row.lesson > 0 and name.startswith("DUGE"):
-            yield f"{name:32}{row.lesson:8.1f}" + "".join(f"{row.lesson * n / 1e3:10.1f}" for n in counts)
-
-
-def tracing(pipe: StableDiffusionPipeline, rounds: int, steps: int = 10) -> str:
-    """Seconds a step of plain and of traced sampling, and their ratio."""
-    draw = ways(pipe, steps, pipe.unet.config.sample_size * pipe.vae_scale_factor)
-    times: dict[str, list[float]] = {"plain": [], "traced": []}
-    for _ in range(rounds + 1):
-        for way, took in times.items():
-            took.append(seconds(draw[way], pipe.unet.device) / steps)
-    plain, traced = (statistics.median(took[1:]) for took in times.values())  # the first one warms up
-    return f"tracing: {plain:.3f} s a step plain, {traced:.3f} s traced, {traced / plain:.3f} times as long"
-
-
-def report(device: torch.device, tiny: bool, estimate: bool, rounds: int) -> Iterator[str]:
-    dtype = torch.float16 if estimate else duge.models.default_dtype(device)
-    pipe = stable_diffusion("meta" if estimate else device, dtype, tiny)
-    card, pixels = model_card(pipe), pipe.unet.config.sample_size * pipe.vae_scale_factor
-    sizes = f"{card.config().batch_size} + {card.config().memory_batch_size} pictures of {pixels} px"
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-    where = "an ESTIMATE of tensors alone, for 16 bits" if estimate else f"{str(dtype)[6:]} on {named}"
-    yield f"{'narrow' if tiny else 'Stable Diffusion 1.4'}, {sizes}, {where}"
-    yield f"torch {torch.__version__}, diffusers {diffusers.__version__}\n"
-    if not estimate:
-        yield tracing(pipe, rounds) + "\n"
-    yield from shares(pipe)
-    rows = {name: estimated(name, tiny) if estimate else measured(name, pipe, rounds) for name in WAYS}
-    yield from ("", *table(rows), "", *lessons(rows, card))
+def measured() -> dict[str, float]:
+    """On CUDA: what the allocator gave out at most, drawing two pictures' batches and forgetting."""
+    pipe = stable_diffusion("cuda", duge.models.default_dtype(torch.device("cuda")))
+    card, found = duge.model_card(pipe), {"weights": size(pipe.unet, pipe.vae, pipe.text_encoder) / GIB}
+    ways = {
+        "drawing": lambda: duge.sample(pipe, ["a photo of an apple"] * card.batch_size, 0, 10),
+        "request": lambda: duge.unlearn(pipe, "apple", progress=False),
+        "further request": lambda: duge.unlearn(pipe, "car", progress=False),
+    }
+    for name, way in ways.items():
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        way()
+        torch.cuda.synchronize()
+        found[f"{name}, s"] = time.perf_counter() - started
+        found[f"{name}, GiB"] = torch.cuda.max_memory_allocated() / GIB
+    return found | {"request over drawing": found["request, GiB"] / found["drawing, GiB"]}
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--estimate", action="store_true")
-    parser.add_argument("--device", type=torch.device, default=duge.models.default_device())
-    parser.add_argument("--size", choices=("sd", "tiny"), default="sd")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, help="a file for the table, such as benchmarks/results/gpu.txt")
+    parser.add_argument("--count", action="store_true", help="count bytes, without a GPU")
+    parser.add_argument("--no-xl", action="store_true", help="leave the larger one out (minutes on a CPU)")
     args = parser.parse_args(words)
-    diffusers.utils.logging.set_verbosity_error()  # it warns of casting models that were never saved
-    lines = []
-    for line in report(args.device, args.size == "tiny", args.estimate, args.rounds):
-        print(line, flush=True)
-        lines.append(line)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n", "utf-8")
+    if not args.count:
+        lines = [f"{name:28}{value:10.3f}" for name, value in measured().items()]
+        lines.insert(0, f"measured on {torch.cuda.get_device_name()}, Stable Diffusion 1.4's size")
+    else:
+        drawing = counted_drawing()
+        plain = drawing["weights"] + max(drawing["denoiser"], drawing["decoder"])
+        lines = ["counted, not measured; Stable Diffusion 1.4's size: GiB on the device"]
+        lines += [f"{name:28}{value / GIB:10.3f}" for name, value in drawing.items()]
+        shapes = {"Stable Diffusion 1.4": SD14} | ({} if args.no_xl else {"Stable Diffusion XL": XL})
+        for name, shape in shapes.items():
+            solve = counted_solve(shape)
+            lines += ["", name] + [f"{key:28}{value:10.3f}" for key, value in solve.items()]
+            if name == "Stable Diffusion 1.4":
+                copy = solve["base weights, GiB"] * GIB / 2  # the base's, in 16 bits, while it draws
+                request = drawing["weights"] + copy + max(drawing["denoiser"], solve["solve, GiB"] * GIB)
+                lines += [f"{'request over drawing':28}{request / plain:10.3f}"]
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    (RESULTS / ("gpu-count.txt" if args.count else "gpu.txt")).write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,250 +1,310 @@
-"""One concept forgotten, many ways: the experiment that settles the defaults of UnlearnConfig.
+"""One concept forgotten: five targets, three seeds, every method; what it takes; what brings it back.
 
-    python benchmarks/single.py                 # every setting; goes on where it stopped
-    python benchmarks/single.py --only DUGE UCE # these settings, in this order; no name: all that contain it
-    python benchmarks/single.py --table         # only the table and the plot, from what is there
+    python benchmarks/single.py                  # everything; goes on where it stopped
+    python benchmarks/single.py --only ours UCE  # these rows, in this order
+    python benchmarks/single.py --cells          # only what is gone and what is kept
+    python benchmarks/single.py --timing         # processor seconds: all methods in turns, in one run
+    python benchmarks/single.py --inversion      # a word learned for apples, by method
+    python benchmarks/single.py --sweep          # the exact solver's settings: quality against seconds
+    python benchmarks/single.py --table          # only tables and figures, from what is there
 
-Each cell (setting, target, seed) forgets, draws the same seeds as the base model, and lets the judge read:
-unlearning accuracy (UA) on photos and on the other styles, retention of the related concepts, of all other
-objects and of styles (relative to the base model), KID of retained pictures from base pictures of other
-seeds (the row "base" says how far apart two draws of one model are), processor seconds, and how many
-pictures went through the UNet. One line of json per cell. The oracle, a denoiser that was trained without
-the concept, is measured in the same way where there is one in ``data/``.
-
-Forgetting runs as it does by default; the pictures that are judged, the base model's too, are drawn under
-bfloat16 autocast, which takes half the time on a processor that has it.
+Shares of what is kept are relative to the base model on the same seeds; "gone" is 1 - accuracy. Indirect:
+other phrasings and synonyms that forgetting never saw; beside another: the concept next to an object that
+stays. KID: of other objects' photos against the base's of other seeds, minus the base's own. Inversion: 60
+steps for one word on 30 drawn apples, the share of 20 pictures that show one, mean of 2 starts. ERR:
+harmonic mean of gone, others, related, indirect and 1 - inversion, where all of them were measured (apple,
+seed 0). A unit of time is what drawing 100 pictures in 10 steps takes in the same run.
 """
 
-import argparse
-import hashlib
-import json
-import time
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from __future__ import annotations
 
+import argparse
+import time
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from common import BASE, ORACLE, RESULTS, STEPS, Cells, Method
+
+from common import chosen, cpu, draw, images, interval, methods, table  # isort: skip
 
 import duge_lite as duge
-from duge_lite import baselines, visualize
-from duge_lite.evaluation import kid
-from duge_lite.lessons import DUGE, Objective, Pictures, draw_pictures, memory_prompts
-from duge_lite.unlearning import UnlearnConfig, UnlearningRun, unlearn
+from duge_lite import attacks, figures
+from duge_lite.config import UnlearnConfig
+from duge_lite.doodles import BACKGROUNDS, captions
+from duge_lite.evaluation import err, kid
 
-RESULTS = Path(__file__).parent / "results"
 TARGETS = ("apple", "umbrella", "car", "sunglasses", "broccoli")
 SEEDS = (0, 1, 2)
-BASE = UnlearnConfig()
-NOTHING = "base"  # nothing done
-ORACLE = "oracle"  # retrained without the concept
+GROUPS = ("gone", "gone, styled", "indirect", "beside another", "others", "related", "styles")
 
 
-def settings() -> dict[str, tuple[UnlearnConfig, Objective | None]]:
-    """Name -> (config, objective); None stands for what has no loop."""
-    c = BASE
-    probs = replace(c, match="probs", target="clamped", scale=1.0, lambda_attention=5.0, lambda_prior=3.0)
-    plain = replace(c, lambda_prior=1.0)
-    return {
-        "DUGE": (c, DUGE),
-        "DUGE, target uncond": (replace(c, target="uncond"), DUGE),
-        "DUGE, empty prompt": (replace(c, without="empty"), DUGE),
-        "DUGE, eta 1": (replace(c, scale=1.0), DUGE),
-        "DUGE, maps, uncond": (replace(probs, target="uncond"), DUGE),
-        "DUGE, maps, negative": (replace(probs, target="negative"), DUGE),
-        "DUGE, maps, clamped": (probs, DUGE),
-        "DUGE, as reviews give it": (
-            replace(probs, target="uncond", without="empty", preserve="noise"),
-            DUGE,
-        ),
-        "DUGE, without attention": (replace(c, lambda_attention=0.0), DUGE),
-        "DUGE, without prior": (replace(c, lambda_prior=0.0), DUGE),
-        "DUGE, without regularization": (replace(c, lambda_regularization=0.0), DUGE),
-        "DUGE, attention only": (replace(c, lambda_prior=0.0, lambda_regularization=0.0), DUGE),
-        "DUGE, prior 10": (replace(c, lambda_prior=10.0), DUGE),
-        "DUGE, prior 1000": (replace(c, lambda_prior=1000.0), DUGE),
-        "DUGE, regularization 1000": (replace(c, lambda_regularization=1000.0), DUGE),
-        "DUGE, fisher": (replace(c, regularizer="fisher"), DUGE),
-        "DUGE, mas": (replace(c, regularizer="mas"), DUGE),
-        "DUGE, memory 16": (replace(c, memory_size=16), DUGE),
-        "DUGE, memory 48": (replace(c, memory_size=48), DUGE),
-        "DUGE, half of all": (replace(c, iterations=75, memory_size=64, lessons=128), DUGE),
-        "DUGE, lr 3e-4": (replace(c, lr=3e-4), DUGE),
-        "DUGE, true noise": (replace(c, preserve="noise"), DUGE),
-        "DUGE, 64 lessons": (replace(c, lessons=64), DUGE),
-        "DUGE, K and V only": (replace(c, train="kv"), DUGE),
-        "DUGE, LoRA": (replace(c, train="lora"), DUGE),
-        "DUGE, all weights": (replace(c, train="full", lr=1e-4), DUGE),
-        "ESD-x": (plain, baselines.esd()),
-        "ESD-x, prior 10": (replace(plain, lambda_prior=10.0), baselines.esd()),
-        "ESD-x, no prior": (replace(plain, lambda_prior=0.0, lambda_regularization=0.0), baselines.esd()),
-        "concept ablation": (plain, baselines.concept_ablation("star")),
-        "gradient ascent": (replace(plain, lr=1e-4), baselines.gradient_ascent()),
-        "UCE": (c, None),
-        ORACLE: (c, None),
-        NOTHING: (c, None),
+def asks(card, target: str) -> pd.DataFrame:
+    """What is drawn, a row per picture: the group, the prompt, the seed, the object, the style."""
+    photo, *styles = card.styles
+    others, near = [c for c in card.concepts if c != target], card.related.get(target, ())
+    texts = [t for group in card.paraphrases(target).values() for t in group]
+    groups = {  # seed, prompt, object, style
+        "gone": [(i, card.prompt(target), target, photo) for i in range(10)],
+        "gone, styled": [(i, card.prompt(target, s), target, s) for s in styles for i in range(2)],
+        "indirect": [(i, texts[i * len(texts) // 10], target, photo) for i in range(10)],
+        "beside another": [(i, card.prompt((target, others[2 * i])), target, photo) for i in range(8)],
+        "others": [(i, card.prompt(c), c, photo) for c in others for i in range(2)],
+        "related": [(i, card.prompt(c), c, photo) for c in near for i in range(8 // len(near))],
+        "styles": [(i, card.prompt(c, styles[i % 4]), c, styles[i % 4]) for i, c in enumerate(others)],
     }
+    parts = enumerate(groups.items(), 10)
+    rows = [(g, p, 1000 * k + i, o, s) for k, (g, asked) in parts for i, p, o, s in asked]
+    return pd.DataFrame(rows, columns=["group", "prompt", "seed", "object", "style"])
 
 
-def oracle_folder(concept: str) -> Path:
-    return duge.data_dir() / f"doodle-oracle-{concept.replace(' ', '-')}" / "unet"
+def look(pipe, target: str, again: bool = False) -> np.ndarray:
+    """``again``: the photos of others once more, from other noise, at the end."""
+    rows = asks(duge.model_card(pipe), target)
+    if again:
+        other = rows[rows.group == "others"]
+        rows = pd.concat([rows, other.assign(seed=other.seed + 100_000)])
+    return draw(pipe, list(rows.prompt), rows.seed)
 
 
-class Bench:
-    """The base model's pictures and numbers, and the measure of every other model against them."""
-
-    def __init__(self, images: int) -> None:
-        self.pipe, self.judge, self.images = duge.load_pipeline(), duge.Judge.load(), images
-        self.card = duge.model_card(self.pipe)
-        self.base = self.look(self.card.concepts)
-        self.others = [
-            (c, self.draw([self.card.prompt(c)] * (images // 4), 20_000)) for c in self.card.concepts
-        ]
-        self.memories: dict[tuple[str, int], Pictures] = {}
-
-    def memory(self, concept: str, config: UnlearnConfig) -> Pictures:
-        """What ``unlearn`` would draw, drawn once for all settings."""
-        key = (concept, config.seed)
-        if key not in self.memories:
-            texts = memory_prompts(self.card, [concept], BASE.memory_size, config.seed)
-            drawn = draw_pictures(self.pipe, texts, seed=1_000_000 * (config.seed + 1) + 500_000)
-            self.memories[key] = drawn
-        m, n = self.memories[key], config.memory_size
-        return Pictures(m.latents[:n], m.encoder_hidden_states[:n], m.prompts[:n])
-
-    def draw(self, prompts: Sequence[str], seeds: int | Sequence[int]) -> list[Image.Image]:
-        with torch.autocast(self.pipe.device.type, torch.bfloat16):
-            return duge.sample(self.pipe, prompts, seeds, self.card.sampling_steps)
-
-    def look(self, targets: Sequence[str]) -> pd.DataFrame:
-        """Photos of every object, ``images`` of the targets and a quarter of the others; each in each style.
-
-        One row per picture, indexed by (object, style, seed), with what the judge says it is.
-        """
-        card, photo = self.card, self.card.styles[0]
-        rows = [
-            (c, photo, 10_000 + i)
-            for c in card.concepts
-            for i in range(self.images if c in targets else self.images // 4)
-        ]
-        rows += [(c, s, 50_000 + i) for s in card.styles[1:] for i, c in enumerate(card.concepts)]
-        frame = pd.DataFrame(rows, columns=["object", "style", "seed"])
-        frame["picture"] = self.draw([card.prompt(c, s) for c, s, _ in rows], frame.seed)
-        frame["saw object"] = self.judge.names(frame.picture, card.concepts)
-        frame["saw style"] = self.judge.names(frame.picture, card.styles)
-        return frame.set_index(["object", "style", "seed"], drop=False)
-
-    def measure(self, concept: str) -> dict:
-        now = self.look([concept])
-        base = self.base.loc[now.index]
-        photos = now["style"] == self.card.styles[0]
-        mine = now["object"] == concept
-        related = now["object"].isin(self.card.related.get(concept, ())) & ~mine
-
-        def right(look: pd.DataFrame, rows: pd.Series, what: str) -> float:
-            return float((look[rows][f"saw {what}"] == look[rows][what]).mean())
-
-        def share(rows: pd.Series, what: str = "object") -> float | None:
-            return right(now, rows, what) / right(base, rows, what) if rows.any() else None
-
-        others = [picture for c, drawn in self.others if c != concept for picture in drawn]
-        return {
-            "UA": 1 - right(now, mine & photos, "object"),
-            "UA styled": 1 - right(now, mine & ~photos, "object"),
-            "related": share(related & photos),
-            "others": share(~mine & photos),
-            "styles": share(~mine & ~photos, "style"),
-            "KID": kid(others, list(now[photos & ~mine].picture), self.judge),
-        }
-
-    def forget(self, name: str, concept: str, seed: int) -> UnlearningRun:
-        config, objective = settings()[name]
-        config = replace(config, seed=seed)
-        if name == "UCE":
-            return baselines.uce(self.pipe, concept)
-        memory = self.memory(concept, config)
-        return unlearn(self.pipe, concept, config, memory, progress=False, objective=objective)
-
-    def run(self, name: str, concept: str, seed: int) -> dict:
-        cell = {"setting": name, "target": concept, "seed": seed, "images": self.images, "model": model()}
-        cell["threads"] = torch.get_num_threads()
-        if name == NOTHING:
-            return cell | self.measure(concept)
-        if name == ORACLE:
-            known = self.pipe.unet
-            self.pipe.unet = duge.load_oracle(self.pipe, concept).unet
-            try:
-                return cell | self.measure(concept)
-            finally:
-                self.pipe.unet = known
-        started = time.process_time()
-        run = self.forget(name, concept, seed)
-        cell["cpu"] = time.process_time() - started
-        try:
-            budget = {"seconds": run.seconds, "iterations": len(run.history), "passes": run.passes}
-            return cell | self.measure(concept) | budget
-        finally:
-            run.restore()
-
-
-def model() -> str:
-    """Which denoiser was measured: another one makes the old cells worthless."""
-    weights = duge.data_dir() / "doodle-sd" / "unet" / "diffusion_pytorch_model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-
-
-def read(path: Path) -> pd.DataFrame:
-    lines = path.read_text().splitlines() if path.exists() else []
-    cells = [json.loads(line) for line in lines]
-    return pd.DataFrame([cell for cell in cells if cell["model"] == model()])
-
-
-def summarise(path: Path) -> None:
-    """Prints the table (mean over targets and seeds) and draws UA against retention."""
-    cells = read(path)
-    measures = ["UA", "UA styled", "related", "others", "styles", "KID", "cpu", "passes"]
-    table = cells.groupby("setting", sort=False)[measures].mean()
-    table.insert(0, "cells", cells.groupby("setting").size())
-    print(table.round(3).to_string())
-    table.round(4).to_csv(path.with_suffix(".csv"))
-    first = cells[cells.seed == SEEDS[0]].groupby("setting", sort=False)  # the seed that every setting has
-    measured = first[["others", "UA"]].mean()[first.size() >= len(TARGETS)]  # on all targets, or means differ
-    figure = visualize.trade_off(measured.drop(NOTHING, errors="ignore"))
-    path.with_suffix(".png").write_bytes(figure.png())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="names of settings, or parts of names")
-    parser.add_argument("--targets", nargs="*", default=TARGETS)
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    parser.add_argument("--images", type=int, default=16, help="photos of the target")
-    parser.add_argument("--out", type=Path, default=RESULTS / "single.jsonl")
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if not args.table:
-        done = read(args.out)
-        finished = set() if done.empty else set(zip(done.setting, done.target, done.seed, strict=True))
-        bench = Bench(args.images)
-        known = settings()
-        parts = [[o] if o in known else [n for n in known if o in n] for o in args.only]
-        chosen = dict.fromkeys(name for names in parts for name in names)
-        for seed in args.seeds:  # a full round of settings and targets before the next seed
-            for name in chosen:
-                for target in args.targets:
-                    needless = name in (NOTHING, ORACLE, "UCE") and seed != SEEDS[0]
-                    needless |= name == ORACLE and not oracle_folder(target).exists()
-                    if needless or (name, target, seed) in finished:
+def run(cells: Cells, rows: dict[str, Method], targets: list[str], seeds: list[int]) -> None:
+    for target in targets:  # the yardstick of all others
+        if not cells.file((BASE, target, 0)).exists():
+            cells.add((BASE, target, 0), {}, look(duge.load_pipeline(), target, again=True))
+    for seed in seeds:  # a full round of methods and targets before the next seed
+        for name, method in rows.items():
+            pipe = duge.load_pipeline()
+            for target in targets:
+                drawn = method.config is not None  # what draws no lots needs no other seeds
+                if name == BASE or (name, target, seed) in cells or (seed and not drawn):
+                    continue
+                started, cost = time.perf_counter(), {}
+                if name == ORACLE:
+                    if not (duge.data_dir() / f"doodle-oracle-{target.replace(' ', '-')}").is_dir():
                         continue
-                    started = time.perf_counter()
-                    cell = bench.run(name, target, seed)
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(cell) + "\n")
-                    print(f"{name}, {target}, {seed}: {time.perf_counter() - started:.0f} s", flush=True)
-    summarise(args.out)
+                    pictures = look(duge.load_oracle(pipe, target), target)
+                else:
+                    began = time.process_time()
+                    run = method.forget(pipe, target, seed)
+                    cost["cpu"] = time.process_time() - began  # a busy machine: see timing()
+                    pictures = look(pipe, target)
+                    run.restore()
+                cells.add((name, target, seed), cost, pictures)
+                print(f"{name}, {target}, {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+class Reader:
+    """Counts what the judge sees on the pictures of a cell, and on the base's."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.judge, self.cells = duge.Judge.load(), cells
+        self.card, self.known = duge.model_card(duge.load_pipeline()), {}
+
+    def right(self, rows: pd.DataFrame, pictures: np.ndarray) -> pd.Series:
+        """Whether each picture shows what was asked for: the object, beside another too, or the style."""
+        shown = images(pictures[: len(rows)])
+        objects, styles = (self.judge.names(shown, k) for k in (self.card.concepts, self.card.styles))
+        right = (rows["object"] == objects).where(rows.group != "styles", rows["style"] == styles)
+        beside = rows.group == "beside another"
+        seen = self.judge.sees([shown[i] for i in np.flatnonzero(beside)], rows["object"][0])
+        right[beside] = seen
+        return right.astype(bool)
+
+    def base(self, target: str) -> tuple[pd.DataFrame, np.ndarray, pd.Series]:
+        if target not in self.known:
+            pictures, rows = np.load(self.cells.file((BASE, target, 0)))["pictures"], asks(self.card, target)
+            self.known[target] = (rows, pictures, self.right(rows, pictures))
+        return self.known[target]
+
+    def __call__(self, key: tuple, pictures: np.ndarray) -> dict:
+        name, target = key[:2]
+        if name == "inversion":
+            return {"seen": float(self.judge.sees(images(pictures), "apple").mean())}
+        rows, base, own = self.base(target)
+        now = self.right(rows, pictures)
+        counts = {g: [int(now[rows.group == g].sum()), int((rows.group == g).sum())] for g in GROUPS}
+        counts |= {g: [n - hits, n] for g, (hits, n) in counts.items() if g in GROUPS[:4]}
+        shares = {f"base {g}": int(own[rows.group == g].sum()) for g in GROUPS[4:]}
+        other, again = (rows.group == "others").to_numpy(), base[len(rows) :]
+        far = [kid(images(again), images(p[: len(rows)][other]), self.judge) for p in (pictures, base)]
+        return counts | shares | {"KID over base": far[0] - far[1]}
+
+
+# ---------------------------------------------------------------------------- a learned word; time
+
+
+def inversion(cells: Cells, rows: dict[str, Method], starts: int) -> None:
+    base = duge.load_pipeline()
+    card, grounds = duge.model_card(base), list(BACKGROUNDS)
+    places = [(card.styles[i % 5], grounds[i % 6], 10_000 + i) for i in range(30)]
+    drawn = [duge.doodles.draw("apple", *place) for place in places]
+    apples = attacks.encode_pictures(base, drawn, [card.prompts("apple")[i % 5] for i in range(30)])
+    for start in range(starts):
+        for name, method in rows.items():
+            key, pipe = ("inversion", name, start), duge.load_pipeline()
+            if key in cells:
+                continue
+            began = time.perf_counter()
+            if name == ORACLE:
+                pipe = duge.load_oracle(pipe, "apple")
+            elif name != BASE:
+                method.forget(pipe, "apple", 0)
+            for state in attacks.invert_steps(pipe, "apple", apples, 60, seed=start):
+                vector = state.vector
+            with attacks.new_word(pipe, vector) as word:
+                text = f"{captions.nameless()} of {captions.with_article(word)}"
+                cells.add(key, {}, draw(pipe, [text] * 20, range(20_000, 20_020)))
+            print(f"{key}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def timing(cells: Cells, rows: dict[str, Method], rounds: int) -> None:
+    """A fresh pipeline, a first request and a further one; all methods in turns, and 100 pictures."""
+    for turn in range(rounds):
+        for name, method in {"drawing 100 pictures": None, **rows}.items():
+            key = ("timing", name, turn)
+            if key in cells or name in (BASE, ORACLE):
+                continue
+            pipe = duge.load_pipeline()
+            if method is None:
+                prompts = [duge.model_card(pipe).prompt("apple")] * 100
+                cells.add(key, {"first": cpu(partial(duge.sample, pipe, prompts, 0, STEPS))})
+                continue
+            requests = TARGETS[:1] if method.slow and turn else TARGETS[:2]
+            pair = [cpu(partial(method.forget, pipe, c, 0)) for c in requests]
+            cells.add(key, dict(zip(("first", "further"), pair, strict=False)))
+            print(f"{key}: {pair}", flush=True)
+
+
+SWEEP = {
+    "lambda_prior": (0.1, 0.3, 3.0, 10.0),
+    "lambda_regularization": (1e-5, 1e-4, 1e-2, 1e-1),
+    "places": (8, 16, 64),
+    "num_inference_steps": (2, 3, 10),
+    "eta": (0.0, 0.5, 2.0),
+}
+
+
+def swept() -> dict[str, Method]:
+    """The default, and every setting changed alone."""
+    rows = {"default": Method(UnlearnConfig())}
+    changes = [(k, v) for k, values in SWEEP.items() for v in values]
+    return rows | {f"{k} {v:g}": Method(replace(UnlearnConfig(), **{k: v})) for k, v in changes}
+
+
+def sweep(cells: Cells) -> None:
+    for target in TARGETS[:2]:
+        for name, method in swept().items():
+            pipe, key = duge.load_pipeline(), (name, target, 0)
+            if key in cells:
+                continue
+            took = cpu(partial(method.forget, pipe, target, 0))
+            cells.add(key, {"cpu": took}, look(pipe, target))
+            print(f"sweep, {key}: {took:.1f} s", flush=True)
+
+
+def rows_of(lines: list[dict]) -> dict[str, dict[str, object]]:
+    """A row per method: shares over all its cells."""
+    found: dict[str, dict[str, object]] = {}
+    for name in dict.fromkeys(c["key"][0] for c in lines):
+        mine = [c for c in lines if c["key"][0] == name]
+        row: dict[str, object] = {"cells": len(mine)}
+        row |= {g: sum(c[g][0] for c in mine) / sum(c[g][1] for c in mine) for g in GROUPS[:4]}
+        row |= {g: sum(c[g][0] for c in mine) / sum(c[f"base {g}"] for c in mine) for g in GROUPS[4:]}
+        row["KID over base"] = np.mean([c["KID over base"] for c in mine])
+        row["gone, 95 %"] = interval(*np.sum([c["gone"] for c in mine], axis=0))
+        found[name] = row
+    return found
+
+
+def summarise(cells: Cells) -> None:
+    lines = cells.read(Reader(cells))
+    measured = [c for c in lines if "gone" in c]
+    rows = rows_of(measured)
+    for name, row in rows.items():
+        took = [c["cpu"] for c in measured if c["key"][0] == name and "cpu" in c]
+        row["cpu s, own run"] = np.median(took or [np.nan])
+        seen = [c["seen"] for c in lines if c["key"][:2] == ["inversion", name] and "seen" in c]
+        row["inversion"], row["starts"] = (np.mean(seen), len(seen)) if seen else (np.nan, 0)
+        apple = next((c for c in measured if c["key"] == [name, "apple", 0]), None)
+        if seen and apple:
+            kept = [min(1.0, apple[g][0] / apple[f"base {g}"]) for g in ("others", "related")]
+            gone = [apple[g][0] / apple[g][1] for g in ("gone", "indirect")]
+            row["ERR"] = err(gone[0], *kept, gone[1], 1 - row["inversion"])
+    times = pd.DataFrame([c | {"row": c["key"][1]} for c in lines if c["key"][0] == "timing"])
+    if len(times):
+        medians = times.groupby("row")[["first", "further"]].median()
+        unit = medians["first"]["drawing 100 pictures"]
+        for name, row in rows.items():
+            if name in medians.index:
+                a, b = medians.loc[name]
+                row |= {"cpu s, first": a, "further": b, "first, units": a / unit, "further, units": b / unit}
+        print(f"drawing 100 pictures of {STEPS} steps: {unit:.1f} processor seconds")
+    if not rows:
+        return
+    order = [n for n in methods() if n in rows]
+    frame = pd.DataFrame({n: rows[n] for n in order}).T.rename_axis("row").infer_objects()
+    table(frame, cells.path.with_suffix(".csv"))
+    same = rows_of([c for c in measured if c["key"][1:] == [TARGETS[0], 0]])  # what every row has
+    worst = {n: [min(1.0, r["others"], r["related"], r["styles"]), r["gone"]] for n, r in same.items()}
+    points = pd.DataFrame(worst, index=["kept", "gone"]).T.drop(BASE, errors="ignore")
+    labels = "the least of: others, related, styles kept", "what is gone of the apple"
+    figure = figures.trade_off(points, "The apple forgotten: further up and to the right is better", labels)
+    cells.path.with_suffix(".png").write_bytes(figure.png())
+
+
+def summarise_sweep(cells: Cells, base: Cells) -> None:
+    lines = [c for c in cells.read(Reader(base)) if "gone" in c]
+    if not lines:
+        return
+    rows = rows_of(lines)
+    for name, row in rows.items():
+        row["cpu s"] = np.median([c["cpu"] for c in lines if c["key"][0] == name])
+        row["quality"] = min(row["gone"], row["gone, styled"], row["others"], row["related"], row["styles"])
+    frame = pd.DataFrame(rows).T.rename_axis("row").infer_objects()
+    table(frame, cells.path.with_suffix(".csv"))
+    points = frame[["cpu s", "quality"]].astype(float)
+    title = "The exact solver's settings: the worst of five shares, by seconds"
+    figure, ((one,),) = figures._plot(9, 4.2, title=title)
+    marks = dict(zip(["default", *SWEEP], "*osD^v", strict=True))
+    for setting, mark in marks.items():
+        mine = points[[n.split()[0] == setting for n in points.index]]
+        one.plot(mine["cpu s"], mine.quality, mark, ms=14 if mark == "*" else 7, label=setting, ls="")
+        for name, (x, y) in mine.iterrows():
+            one.annotate(name.split()[-1], (x, y), (5, 4), textcoords="offset points", fontsize=7)
+    one.legend(fontsize=8, loc="lower right")
+    labels = "processor seconds of a first request", "worst of gone, styled, others, related, styles"
+    figures._tidy(one, "", *labels)
+    cells.path.with_suffix(".png").write_bytes(figure.png())
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="rows, or how their names begin")
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--rounds", type=int, default=3, help="of the timing")
+    parser.add_argument("--starts", type=int, default=2, help="of the inversion")
+    for part in ("cells", "timing", "inversion", "sweep", "table", "no-table"):
+        parser.add_argument(f"--{part}", action="store_true")
+    args = parser.parse_args(words)
+    cells, settings, rows = Cells(RESULTS / "single.jsonl"), Cells(RESULTS / "sweep.jsonl"), chosen(args.only)
+    everything = not (args.cells or args.timing or args.inversion or args.sweep or args.table)
+    if args.cells or everything:
+        run(cells, rows, args.targets, args.seeds)
+    if args.timing or everything:
+        timing(cells, rows, args.rounds)
+    if args.inversion or everything:
+        inversion(cells, rows, args.starts)
+    if args.sweep or everything:
+        run(cells, {}, list(TARGETS[:2]), [0])
+        sweep(settings)
+    if not args.no_table:
+        summarise(cells)
+        summarise_sweep(settings, cells)
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     main()

@@ -106,11 +106,9 @@ def _watching(unet: torch.nn.Module, sink: Sink | None = None, edit: Edit | None
             old = layer.processor
             if not isinstance(old, _Watched):
                 if not type(old).__module__.startswith("diffusers.") or isinstance(old, torch.nn.Module):
-                    message = (
-                        f"{name} has a processor of its own ({type(old).__name__}): inside this block plain "
-                        "attention takes its place, so pictures may differ; afterwards it is put back"
-                    )
-                    warnings.warn(message, stacklevel=5)  # past two context managers: the caller's own `with`
+                    who = f"{name} has a processor of its own ({type(old).__name__})"
+                    what = "inside this block plain attention takes its place, so pictures may differ"
+                    warnings.warn(f"{who}: {what}", stacklevel=5)  # past two managers: the caller's `with`
                 layer.set_processor(_Watched(old))
             layer.processor.guests.append(guest)
             mine.append((layer, layer.processor))
@@ -445,6 +443,9 @@ def _traced(
         for part in (kept, other, times):
             part.clear()
 
+    def finished(images: Sequence, *_, **__) -> None:
+        found.image = images[0]
+
     def reduce(probs: Tensor) -> Tensor:  # (N, heads, H*W, T), guided: [unconditional, conditional]
         asked = probs[len(probs) // 2 :] if pipe.do_classifier_free_guidance else probs
         return (asked if heads else asked.mean(dim=1))[0].half().transpose(-1, -2)
@@ -459,9 +460,7 @@ def _traced(
     with (
         record_attention(pipe.unet, reduce=reduce, also=text) as recorder,
         _heard(pipe, "encode_prompt", begin),
-        _heard(
-            pipe.image_processor, "postprocess", lambda images, *_, **__: vars(found).update(image=images[0])
-        ),
+        _heard(pipe.image_processor, "postprocess", finished),
     ):
         hook = pipe.unet.register_forward_hook(step_done, with_kwargs=True)
         try:
@@ -519,25 +518,19 @@ def trace(
     is no argument of the pipeline, or no sensible one.
     """
     if not isinstance(pipe, DiffusionPipeline) or not hasattr(pipe, "unet"):
-        raise TypeError(
-            f"pipe = {pipe!r:.60}: expected a pipeline with a UNet, as duge.load_pipeline() gives"
-        )
+        raise TypeError(f"pipe = {pipe!r:.60}: expected a pipeline with a UNet, as load_pipeline() gives")
     sizes = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = {k: v for k, v in (sizes | {"seed": seed}).items() if v is not None} | options
     if prompt is ...:
         if settings or previews or image is not None:
-            raise TypeError(
-                "without a prompt, trace takes heads and also: the rest goes to your pipeline call"
-            )
+            raise TypeError("without a prompt, trace takes heads and also: the rest goes to your own call")
         return _traced(pipe, heads, also)
     if image is not None and (previews or sizes.keys() & settings.keys()):
         raise TypeError("a picture that exists is looked at, not drawn: it takes timesteps, and no guidance")
     _check(pipe, prompt, settings)
     card = model_card(pipe)
-    settings = {
-        "num_inference_steps": card.num_inference_steps,
-        "guidance_scale": card.guidance_scale,
-    } | settings
+    settings.setdefault("num_inference_steps", card.num_inference_steps)
+    settings.setdefault("guidance_scale", card.guidance_scale)
     settings.setdefault("generator", torch.Generator("cpu").manual_seed(int(settings.pop("seed", 0))))
     pictures: list[Image.Image] = []
 
@@ -597,6 +590,5 @@ def _check(pipe: DiffusionPipeline, prompt: object, settings: Mapping[str, objec
         if isinstance(value, bool) or not isinstance(value, Integral if unit != 0 else Real):
             raise TypeError(f"{name} = {value!r}: expected a {'whole ' if unit != 0 else ''}number")
         if unit is not None and (not unit <= value < math.inf or (unit and value % unit)):
-            raise ValueError(
-                f"{name} = {value}: expected {'a multiple of ' if unit > 1 else 'at least '}{unit}"
-            )
+            what = "a multiple of" if unit > 1 else "at least"
+            raise ValueError(f"{name} = {value}: expected {what} {unit}")

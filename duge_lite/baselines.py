@@ -8,6 +8,7 @@ unless the caller asks for it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,10 +24,10 @@ from .gradient import Objective, Pass
 from .losses import prior_preservation_loss
 from .models import encode_prompts, overwrite
 from .solver import PictureBook, cross_attention_weights, fingerprint
-from .unlearning import UnlearningRun
+from .unlearning import UnlearningRun, resolve
 
 PLAIN = {"solver": "gradient", "lambda_attention": 1.0, "lambda_prior": 0.0, "lambda_regularization": 0.0}
-PLAIN |= {"revisit": 0.0}
+PLAIN |= {"revisit": 0.0, "instead": "nameless"}
 
 
 def _predicts(learner: Pass, wanted: tuple[Tensor, ...]) -> Tensor:
@@ -63,8 +64,8 @@ def concept_ablation(anchor: str, lambda_prior: float = 0.0) -> tuple[Objective,
     objective = Objective(
         "concept ablation", target, _predicts, "arXiv 2303.13516", of_instead=True, moving=True
     )
-    config = UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256, train="kv", instead=anchor)
-    return objective, replace(config, lambda_prior=lambda_prior)
+    config = UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256, train="kv")
+    return objective, replace(config, lambda_prior=lambda_prior, instead=anchor)
 
 
 def gradient_ascent() -> tuple[Objective, UnlearnConfig]:
@@ -81,7 +82,7 @@ def gradient_ascent() -> tuple[Objective, UnlearnConfig]:
 @torch.no_grad()
 def uce(
     pipe: StableDiffusionPipeline,
-    concept: str | Concept,
+    concept: str | Concept | Sequence[str | Concept],
     anchor: str = "",
     preserve: Sequence[str] | None = None,
     ridge: float = 0.5,
@@ -96,25 +97,28 @@ def uce(
 
         W = (sum W0 a c^T + sum W0 p p^T + ridge W0) (sum c c^T + sum p p^T + ridge I)^-1
 
-    Gandikota et al., arXiv 2308.14761, eq. 7. As in the paper's code, names stand alone and the states are
-    those from the last token of the name on. ``styled=True`` (ours) takes all tokens of the concept's prompts
-    in every style instead, with the anchor in the same style. Returns a run (``restore()`` works). Raises
-    UnknownConceptError for unknown names.
+    Gandikota et al., arXiv 2308.14761, eq. 7; several concepts are one solve, as in the paper. As in its
+    code, names stand alone, and the state is that of their last token (of the empty prompt the one before
+    its end). ``styled=True`` (ours) takes all tokens of the concept's prompts in every style, and for the
+    anchor the empty prompt's or those of the anchor in the same style; a style becomes the plain one. Returns
+    a run (``restore()`` works). Raises UnknownConceptError for unknown names.
     """
     started = time.perf_counter()
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge = {ridge}: expected 0 or more")
     card = card or model_card(pipe)
-    goes = card.concept(concept)
-    names = [c for c in card.forgettable if c != goes.name] if preserve is None else list(preserve)
+    goes = resolve(pipe, concept, card)
+    own = {c.name for c in goes}
+    names = [c for c in card.forgettable if c not in own] if preserve is None else list(preserve)
     if styled:
-        asked = list(goes.prompts)
-        others = card.prompts(anchor) if anchor else [""] * len(asked)
-        others = list(goes.instead) if goes.style else others
+        asked = [p for c in goes for p in c.prompts]
+        plain = card.prompts(anchor) if anchor else [""] * len(card.styles)
+        others = [p for c in goes for p in c.instead or (plain * len(c.prompts))[: len(c.prompts)]]
         kept = [p for name in names for p in card.prompts(card.check(name)) if p not in asked]
         c, a, p = (encode_prompts(pipe, texts).double().flatten(0, 1) for texts in (asked, others, kept))
     else:
-        (c, a), p = _from_last_token(pipe, [goes.name, anchor]), _from_last_token(pipe, names)
-        short = min(len(c), len(a))
-        c, a, p = c[:short], a[:short], torch.cat(p)
+        c, a = _last_tokens(pipe, [c.name for c in goes]), _last_tokens(pipe, [anchor] * len(goes))
+        p = _last_tokens(pipe, names)
     eye = torch.eye(c.shape[1], dtype=torch.float64)
     right = c.T @ c + p.T @ p + ridge * eye  # (D, D)
     left = a.T @ c + p.T @ p + ridge * eye
@@ -127,14 +131,16 @@ def uce(
     before = {n: w.detach().cpu().clone() for n, w in matrices.items()}
     overwrite(matrices, {n: w.double().cpu() @ change for n, w in matrices.items()})
     if book:
-        book.gone_at.setdefault(fingerprint(pipe), (*gone, goes))
+        book.gone_at.setdefault(fingerprint(pipe), (*gone, *goes))
     history = pd.DataFrame(index=pd.Index([], name="layer"))
     seconds = time.perf_counter() - started
-    return UnlearningRun(pipe, (goes,), UnlearnConfig(), history, seconds, before, base, "UCE")
+    return UnlearningRun(pipe, goes, UnlearnConfig(), history, seconds, before, base, "UCE")
 
 
-def _from_last_token(pipe: StableDiffusionPipeline, texts: Sequence[str]) -> list[Tensor]:
-    """Of each text the states from its last token on, the end and the padding too: (T', D) each."""
+def _last_tokens(pipe: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
+    """Of each text the state of its last token, (n, D)."""
+    if not texts:
+        return torch.zeros(0, pipe.text_encoder.config.hidden_size, dtype=torch.float64)
     states = encode_prompts(pipe, texts).double()  # (n, T, D)
     lengths = pipe.tokenizer(list(texts), truncation=True).attention_mask
-    return [s[sum(mask) - 2 :] for s, mask in zip(states, lengths, strict=True)]
+    return torch.stack([s[sum(mask) - 2] for s, mask in zip(states, lengths, strict=True)])

@@ -138,39 +138,32 @@ def cross_attention_loss(function: Callable) -> Verdict:
 
 
 def regularization_loss(function: Callable) -> Verdict:
-    """Notebook 02: ``regularization_loss(parameters, anchor, importance)``, from three dicts of tensors."""
+    """Notebook 02: ``regularization_loss(parameters, anchor)``, from two dicts of tensors."""
 
     def weights(a: tuple, b: tuple) -> dict[str, Tensor]:
         return {"a": torch.tensor(a), "b": torch.tensor(b)}
 
     now, start = weights((1.0, 2.0), (3.0,)), weights((0.0, 2.0), (1.0,))
-    even = weights((1.0, 1.0), (1.0,))
     cases = [
-        Case((start, start, even), 0.0, "At the anchor nothing pulls."),
+        Case((start, start), 0.0, "At the anchor nothing pulls."),
         Case(
-            (now, start, even),
+            (now, start),
             5 / 3,
             "The squared distances are 1, 0 and 4: add them all up, then divide once by how many numbers "
             "there are, 3 (not by the 2 tensors, and not tensor by tensor).",
         ),
         Case(
-            (now, dict(reversed(start.items())), even),
+            (now, dict(reversed(start.items()))),
             5 / 3,
             "Look each tensor up by its name: dictionaries need not have the same order.",
         ),
-        Case(
-            (now, start, weights((0.5, 100.0), (2.0,))),
-            8.5 / 3,
-            "Multiply each squared distance by its importance, after squaring: 0.5 · 1 + 100 · 0 + 2 · 4. "
-            "Still divide by 3.",
-        ),
     ]
     slope = Case(
-        ({"a": torch.tensor([1.0, 3.0])}, {"a": torch.zeros(2)}, {"a": torch.ones(2)}),
+        ({"a": torch.tensor([1.0, 3.0])}, {"a": torch.zeros(2)}),
         [[1.0, 3.0]],
         "The number is right, its gradient is not: stay in torch from beginning to end.",
     )
-    praise = "the square makes a long way dear, the importance says for whom."
+    praise = "the square makes a long way dear and a short one cheap."
     return examine(function, cases, praise) and examine(_gradient(function), [slope], praise)
 
 
@@ -187,7 +180,7 @@ def _gradient(function: Callable) -> Callable:
 
 
 def gone_and_kept(function: Callable) -> Verdict:
-    """Notebook 04: ``gone_and_kept(matrix, requests, k)``, UA and IRA after request ``k``, objects only."""
+    """Notebook 04: ``gone_and_kept(matrix, requests, k)``, UA and objects kept after request ``k``."""
     names = ["apple", "car", "orange", "house", "star"]
     rows = [[1, 1, 1, 1, 1], [0, 1, 0.5, 1, 1], [0.75, 0, 0.5, 0.25, 0.75]]
     matrix = pd.DataFrame(rows, columns=names, dtype=float).rename_axis("after")
@@ -203,7 +196,7 @@ def gone_and_kept(function: Callable) -> Verdict:
             (matrix, requests, 2),
             (0.625, 0.5),
             "After request 2, UA is the mean over both requests, the old one too: 1 - (0.75 + 0) / 2. "
-            "IRA is the mean over the other three.",
+            "What is kept is the mean over the other three.",
         ),
         Case(
             (matrix[["house", "star", "car", "orange", "apple"]], requests, 2),
@@ -211,7 +204,7 @@ def gone_and_kept(function: Callable) -> Verdict:
             "Look concepts up by their name: the matrix may have its columns in any order.",
         ),
     ]
-    return examine(function, cases, "what came back counts against UA, and nothing that went counts for IRA.")
+    return examine(function, cases, "what came back counts against UA, and nothing that went counts as kept.")
 
 
 def recovery_time(function: Callable) -> Verdict:
@@ -267,13 +260,11 @@ def beats(function: Callable) -> Verdict:
     return examine(function, cases, "who is beaten on both counts need not be discussed further.")
 
 
-def training_megabytes(function: Callable) -> Verdict:
-    """Notebook 07: ``training_megabytes(weights)``, what learning adds to the GPU's memory, in MB."""
+def book_megabytes(function: Callable) -> Verdict:
+    """Notebook 07: ``book_megabytes(channels, moments, places)``, MB that the solver notes of a prompt."""
     cases = [
-        Case((1_000_000,), 18.0, "Per weight: copy 4, gradient 4, two means 2 · 4, anchor 2 bytes."),
-        Case((0,), 0.0, "Nothing learns, nothing is added."),
-        Case((42_500_000,), 765.0, "It grows with the number of weights; a megabyte has a million bytes."),
+        Case(([1_000_000], 1, 1), 4.0, "Two halves of guidance, and two bytes for each number."),
+        Case(([1_000_000, 500_000], 1, 1), 6.0, "Each layer has its own channels: sum them."),
+        Case(([320, 640, 1280], 10, 16), 1.4336, "Every moment and every place is noted."),
     ]
-    return examine(
-        function, cases, "all that for a few percent of the weights: imagine training all of them."
-    )
+    return examine(function, cases, "so you can count before you start, for any model.")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -30,14 +31,12 @@ KEPT, LOST, ACCENT, LEFT = "#35618f", "#c8553d", "#5b5b66", "#6a51a3"  # told ap
 WISHED = LinearSegmentedColormap.from_list("wished", [LOST, "white", LEFT])
 SHARE = "share of a place's attention"
 PANELS = 12
-Words = Sequence[str] | str | None
-LINES = [  # told apart by marker and lightness too
-    dict(marker=marker, color=color, ms=6, lw=1.8)
-    for marker, color in zip(
-        "oXs^DPv", (KEPT, LOST, ACCENT, "#d9a441", "#3f8f6b", "#1b1b1b", LEFT), strict=True
-    )
-]
+Names, Rows = Sequence[str], Sequence[Sequence[Image.Image]]
+Words = Names | str | None
+SERIES = (KEPT, LOST, ACCENT, "#d9a441", "#3f8f6b", "#1b1b1b", LEFT)
+LINES = [dict(marker=m, color=c, ms=6, lw=1.8) for m, c in zip("oXs^DPv", SERIES, strict=True)]
 LOOKS = {"base": LINES[2], "unlearned": LINES[1], "oracle": LINES[0]}  # a model keeps its own look
+LOOKS |= {"exact": LINES[1], "UCE": LINES[4]}
 
 
 class Plot(Figure):
@@ -67,15 +66,26 @@ class Plot(Figure):
 
 
 def _plot(
-    width: float, height: float, rows: int = 1, columns: int = 1, title: str = "", caption: str = "", **how
-):
-    """A figure of so many inches and its axes (rows, columns)."""
+    width, height, rows=1, columns=1, title="", caption="", bare=False, **how
+) -> tuple[Plot, np.ndarray]:
+    """A figure of so many inches and its axes (rows, columns); ``bare`` ones are for pictures."""
     figure = Plot(figsize=(width, height), dpi=100, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
     if caption:
         figure.supxlabel(caption, fontsize=8, color=ACCENT)
-    return figure, figure.subplots(rows, columns, squeeze=False, **how)
+    axes = figure.subplots(rows, columns, squeeze=False, **how)
+    if bare:
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+        for one in axes.flat:
+            _bare(one)
+    return figure, axes
+
+
+def _said(figure: Plot, title: str, parts: Iterable[str], between: str = "; ") -> Plot:
+    """The figure, with its alternative text."""
+    figure.alt = f"{title.rstrip('.?!')}: " + between.join(parts)
+    return figure
 
 
 def _bare(axes: Axes) -> None:
@@ -83,13 +93,36 @@ def _bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _tidy(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
+def _tidy(axes: Axes, title: str = "", x: str = "", y: str = "", percent: str = "") -> None:
+    """Small type, no frame; ``percent`` says which axes ("x", "y", "xy") count in percents."""
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x, fontsize=8)
     axes.set_ylabel(y, fontsize=8)
     axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    for name in percent:
+        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1.0))
+    if x == "requests":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _log(axis) -> None:
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
+def _moves(axes: Axes, names: Iterable[str], before, after, colors=(KEPT, LOST)) -> None:
+    """A row per name: a circle before, a triangle after that points the way it went."""
+    at, before, after = (np.asarray(x, dtype=float) for x in (range(len(before)), before, after))
+    more = ~(after < before)
+    axes.hlines(at, before, after, color=ACCENT, linewidth=2, alpha=0.5)
+    axes.plot(before, at, "o", mfc="white", mec=ACCENT, ms=7)
+    for which, marker, color in ((more, ">", colors[0]), (~more, "<", colors[1])):
+        axes.plot(after[which], at[which], marker, color=color, ms=8)
+    axes.set_yticks(at, names, fontsize=9)
+    axes.set_ylim(len(at) - 0.5, -0.5)
 
 
 def _name_lines(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
@@ -128,13 +161,13 @@ def _grid(axes: Axes, rows, row_labels=(), column_labels=(), framed=(), below=()
 
 
 def image_grid(
-    rows: Sequence[Sequence[Image.Image]],
-    row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
+    rows: Rows,
+    row_labels: Names = (),
+    column_labels: Names = (),
     title: str = "",
     cell: float = 0.9,
     framed: Iterable[tuple[int, int]] = (),
-    below: Sequence[Sequence[str]] = (),
+    below: Sequence[Names] = (),
 ) -> Plot:
     """Pictures in rows, ``cell`` inches each; ``framed`` marks (row, column), ``below`` holds words."""
     if not len(rows) or not len(rows[0]):
@@ -144,12 +177,11 @@ def image_grid(
     figure, axes = _plot(left + width * cell, 0.35 + height * cell * (1.2 if below else 1), title=title)
     figure.colors = 256
     _grid(axes[0, 0], rows, row_labels, column_labels, set(framed), below)
-    names = "; ".join(filter(None, (", ".join(row_labels), ", ".join(dict.fromkeys(column_labels)))))
-    figure.alt = f"{title or 'Pictures'}: {height} rows of {width}. {names}"
-    return figure
+    names = filter(None, (", ".join(row_labels), ", ".join(dict.fromkeys(column_labels))))
+    return _said(figure, f"{title or 'Pictures'}: {height} rows of {width}", names)
 
 
-def contact_sheet(styles: Sequence[str] = STYLES, seed: int = 3) -> Plot:
+def contact_sheet(styles: Names = STYLES, seed: int = 3) -> Plot:
     """Every object of the doodle world in every style, as drawn (not generated)."""
     grounds = ("white", "blue", "yellow", "green", "pink", "black")
     half = (len(OBJECTS) + 1) // 2
@@ -162,18 +194,15 @@ def contact_sheet(styles: Sequence[str] = STYLES, seed: int = 3) -> Plot:
             for j, style in enumerate(styles)
         ]  # fmt: skip
         _grid(axes[k, 0], rows, styles, names)
-    figure.alt = f"Drawings of {', '.join(OBJECTS)}, each in the styles {', '.join(styles)}."
-    return figure
+    return _said(figure, title, (*OBJECTS, *styles), ", ")
 
 
-def step_labels(requests: Sequence[str]) -> list[str]:
+def step_labels(requests: Names) -> list[str]:
     """A name for every row of the accuracy matrix: "base", "1 apple", "2 umbrella", ..."""
     return ["base", *(f"{k} {concept}" for k, concept in enumerate(requests, 1))]
 
 
-def picture_history(
-    pictures: Sequence[Sequence[Image.Image]], names: Sequence[str], requests: Sequence[str], title: str = ""
-) -> Plot:
+def picture_history(pictures: Rows, names: Names, requests: Names, title: str = "") -> Plot:
     """Rows are models (base, then after each request), columns ``names``; framed: was to go."""
     gone = {(k, j) for k in range(len(pictures)) for j, name in enumerate(names) if name in requests[:k]}
     return image_grid(pictures, step_labels(requests), names, title, 0.6, gone)
@@ -203,7 +232,7 @@ def _heat(axes: Axes, heat: np.ndarray, norm: Normalize, picture=None, smooth: b
 
 def _maps(
     rows: Mapping[str, Sequence[np.ndarray]],
-    columns: Sequence[str],
+    columns: Names,
     picture: Image.Image | None = None,
     under: Sequence[Image.Image] = (),
     title: str = "",
@@ -215,10 +244,8 @@ def _maps(
     norm = PowerNorm(power, 0, max(top, 1e-9))
     down, right = int(bool(under)), int(picture is not None and not under)
     h, w = len(rows) + down, len(columns) + right
-    figure, axes = _plot(0.09 * max(map(len, rows)) + 1.25 * w + 0.9, 1.25 * h + 0.5, h, w, title)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-    for one in axes.flat:
-        _bare(one)
+    size = (0.09 * max(map(len, rows)) + 1.25 * w + 0.9, 1.25 * h + 0.5)
+    figure, axes = _plot(*size, h, w, title, bare=True)
     for one, shown in zip(axes[0], under or [picture][:right], strict=False):
         one.imshow(shown, interpolation="nearest")
     if right:
@@ -248,25 +275,27 @@ def _where(heat: np.ndarray) -> str:
     return f"most at the {' '.join(names)} ({heat.max():.1%})"
 
 
-def word_overlay(trace: AttentionTrace, words: Words = None, columns: int = 4, title: str = "") -> Plot:
-    """The picture, and over it where each word looks: the mean over all steps and layers of ``trace``."""
+def word_overlay(
+    trace: AttentionTrace, words: Words = None, columns: int = 4, title: str = "", top: float | None = None
+) -> Plot:
+    """The picture, and over it where each word looks: the mean over all steps and layers of ``trace``.
+
+    One scale for all, from 0 to ``top``: by default the largest share that there is.
+    """
     words = _distinct(trace, words, PANELS - 1)
     maps = [trace.word(w) for w in words]
-    norm = Normalize(0, max(1e-9, *(float(m.max()) for m in maps)))
+    norm = Normalize(0, top or max(1e-9, *(float(m.max()) for m in maps)))
     columns = min(columns, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
-    figure, axes = _plot(1.75 * columns + 0.9, 1.75 * rows + 0.5, rows, columns, title or trace.prompt)
-    for one in axes.flat:
-        _bare(one)
+    size = (1.75 * columns + 0.9, 1.75 * rows + 0.5)
+    figure, axes = _plot(*size, rows, columns, title or trace.prompt, bare=True)
     axes.flat[0].imshow(trace.image, interpolation="nearest")
     axes.flat[0].set_title("the picture", fontsize=9, pad=3)
     for one, word, heat in zip(axes.flat[1:], words, maps, strict=False):
         image = _heat(one, heat, norm, trace.image, title=f"“{word}” {heat.mean():.1%}")
     _color_bar(figure, axes, image)
-    figure.alt = f"Where words look in the picture of “{trace.prompt}”: " + "; ".join(
-        f"{w}, {_where(m)}" for w, m in zip(words, maps, strict=True)
-    )
-    return figure
+    looks = [f"{w}, {_where(m)}" for w, m in zip(words, maps, strict=True)]
+    return _said(figure, f"Where words look in the picture of “{trace.prompt}”", looks)
 
 
 def words_by_step(trace: AttentionTrace, words: Words = None, title: str = "From noise to picture") -> Plot:
@@ -279,38 +308,25 @@ def words_by_step(trace: AttentionTrace, words: Words = None, title: str = "From
     under = [part.previews[0] for part in parts] if trace.previews else []
     labels = [f"step {s + 1} of {count}" for s in steps]
     figure, _ = _maps(rows, labels, trace.image, under, title, smooth=True)
-    figure.alt = (
-        f"{title}: maps of {', '.join(words)} at steps {', '.join(str(s + 1) for s in steps)} of {count}."
-    )
-    return figure
+    return _said(figure, f"{title}, {', '.join(words)}", labels, ", ")
 
 
 def words_by_layer(
-    trace: AttentionTrace,
-    words: Words = None,
-    title: str = "Where it looks, level by level",
+    trace: AttentionTrace, words: Words = None, title: str = "Where it looks, level by level"
 ) -> Plot:
     """Words (rows) at every level of the UNet (columns), the mean of its layers, beside the picture."""
     words = _distinct(trace, words, 4)
-
-    def levels(name: Callable[[str, tuple], str]) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for layer, maps in trace.maps.items():
-            h, w = maps.shape[-2:]
-            found.setdefault(f"{name(layer)}{w}×{h}", []).append(layer)
-        return found
-
-    columns = levels(lambda layer: layer_label(layer).split()[0] + "\n")
-    if len(words) * (len(columns) + 1) > PANELS:
-        columns = levels(lambda layer: "")
-    parts = [trace.layer(*layers) for layers in columns.values()]
-    figure, _ = _maps(
-        {w: [part.word(w) for part in parts] for w in words}, list(columns), trace.image, (), title
-    )
-    figure.alt = (
-        f"{title}: maps of {', '.join(words)} at {', '.join(c.replace(chr(10), ' ') for c in columns)}."
-    )
-    return figure
+    for coarse in (False, True):  # by size alone, where there would be too many panels
+        levels: dict[str, list[str]] = {}
+        for name, maps in trace.maps.items():
+            part = "" if coarse else layer_label(name).split()[0] + "\n"
+            levels.setdefault(f"{part}{maps.shape[-1]}×{maps.shape[-2]}", []).append(name)
+        if len(words) * (len(levels) + 1) <= PANELS:
+            break
+    parts = [trace.layer(*layers) for layers in levels.values()]
+    rows = {word: [part.word(word) for part in parts] for word in words}
+    figure, _ = _maps(rows, list(levels), trace.image, (), title)
+    return _said(figure, f"{title}, {', '.join(words)}", (level.replace("\n", " ") for level in levels), ", ")
 
 
 def heads(trace: AttentionTrace, word: str, title: str = "") -> Plot:
@@ -324,8 +340,7 @@ def heads(trace: AttentionTrace, word: str, title: str = "") -> Plot:
     rows = {layer_label(n): [part.head(i).word(word) for i in range(count)] for n, part in parts.items()}
     title = title or f"Each head looks for something of its own: “{word}”"
     figure, _ = _maps(rows, [f"head {i}" for i in range(count)], trace.image, (), title)
-    figure.alt = f"{title}, in {count} heads of {', '.join(rows)}."
-    return figure
+    return _said(figure, f"{title}, in {count} heads of each layer", rows, ", ")
 
 
 def target_maps(
@@ -341,28 +356,24 @@ def target_maps(
     layers = [layer for layer in first if layer in best]
     maps = {name: [np.asarray(row[layer], dtype=float) for layer in layers] for name, row in rows.items()}
     shown = {name: [heat.clip(0) for heat in row] for name, row in maps.items()}
-    labels = [
-        f"{layer_label(n)}\n{m.shape[1]}×{m.shape[0]}"
-        for n, m in zip(layers, next(iter(maps.values())), strict=True)
-    ]
+    sizes = ["{1}×{0}".format(*heat.shape) for heat in next(iter(maps.values()))]
+    labels = [f"{layer_label(n)}\n{size}" for n, size in zip(layers, sizes, strict=True)]
     figure, axes = _maps(shown, labels, picture, (), title, power=0.5)
     for line, row in zip(axes, maps.values(), strict=True):
         for one, heat in zip(line, row, strict=True):
             y, x = np.nonzero(heat < 0)
             size = max(heat.shape)
             one.plot(x + 0.5, y + 0.5, "x", color="white", ms=30 / size, mew=6 / size)
-    figure.alt = f"{title or 'Maps'}, in {len(layers)} layers: " + "; ".join(
-        f"{name}: {np.mean([m.mean() for m in row]):.1%} on average, "
-        f"{sum(int((m < 0).sum()) for m in row)} places below zero"
-        for name, row in maps.items()
-    )
-    return figure
+    below = {name: sum(int((m < 0).sum()) for m in row) for name, row in maps.items()}
+    means = {name: float(np.mean([m.mean() for m in row])) for name, row in maps.items()}
+    parts = (f"{n}: {mean:.1%} on average, {below[n]} places below zero" for n, mean in means.items())
+    return _said(figure, f"{title or 'Maps'}, in {len(layers)} layers", parts)
 
 
 def attention_difference(
     before: AttentionTrace,
     after: AttentionTrace,
-    words: Sequence[str] | str,
+    words: Names | str,
     labels: tuple[str, str] = ("before", "after"),
     title: str = "",
 ) -> Plot:
@@ -373,9 +384,8 @@ def attention_difference(
         raise ValueError(f"maps of {pairs[0][0].shape} and {pairs[0][1].shape}: trace both at the same size")
     norm = Normalize(0, max(1e-9, *(float(m.max()) for pair in pairs for m in pair)))
     most = max(1e-9, *(float(np.abs(b - a).max()) for a, b in pairs))
-    figure, axes = _plot(9.6, 1.85 * len(words) + 0.45, len(words), 5, title or before.prompt)
-    for one in axes.flat:
-        _bare(one)
+    size = (9.6, 1.85 * len(words) + 0.45)
+    figure, axes = _plot(*size, len(words), 5, title or before.prompt, bare=True)
     for word, pair, row in zip(words, pairs, axes, strict=True):
         for k, (trace, heat) in enumerate(zip((before, after), pair, strict=True)):
             row[2 * k].imshow(trace.image, interpolation="nearest")
@@ -385,31 +395,23 @@ def attention_difference(
         row[4].set_title("change", fontsize=9, pad=3)
     _color_bar(figure, axes[:, :4], image)
     _color_bar(figure, axes[:, 4:], change, "change of that share")
-    figure.alt = (f"{title}. " if title else "") + "; ".join(
-        f"“{w}” gets {a.mean():.2%} {labels[0]} and {b.mean():.2%} {labels[1]}"
-        for w, (a, b) in zip(words, pairs, strict=True)
-    )
-    return figure
+    means = zip(words, pairs, strict=True)
+    parts = (f"“{w}” gets {a.mean():.2%} {labels[0]} and {b.mean():.2%} {labels[1]}" for w, (a, b) in means)
+    return _said(figure, title or before.prompt, parts)
 
 
 def concentration(
-    trace: AttentionTrace,
-    words: Words = None,
-    title: str = "How narrowly each word looks",
+    trace: AttentionTrace, words: Words = None, title: str = "How narrowly each word looks"
 ) -> Plot:
     """How narrowly each word looks, step by step: 0 is evenly over the picture, 1 a single place."""
-    words = _distinct(trace, words, len(LINES))
+    values = {word: trace.concentration(word) for word in _distinct(trace, words, len(LINES))}
     figure, axes = _plot(6.4, 3, title=title)
-    values = {word: trace.concentration(word) for word in words}
     for look, line in zip(LINES, values.values(), strict=False):
         axes[0, 0].plot(range(1, len(line) + 1), line, **look | {"ms": 4})
     axes[0, 0].set_ylim(bottom=0)
     _tidy(axes[0, 0], "", "step (1 is pure noise)", "concentration\n(1 − entropy, 0 … 1)")
-    _name_lines(
-        axes[0, 0], [(v[-1], w, k["color"]) for k, (w, v) in zip(LINES, values.items(), strict=False)]
-    )
-    figure.alt = f"{title}: " + "; ".join(f"{w} from {v[0]:.3f} to {v[-1]:.3f}" for w, v in values.items())
-    return figure
+    _name_lines(axes[0, 0], [(v[-1], w, c) for c, (w, v) in zip(SERIES, values.items(), strict=False)])
+    return _said(figure, title, (f"{w} from {v[0]:.3f} to {v[-1]:.3f}" for w, v in values.items()))
 
 
 def token_shares(trace: AttentionTrace, title: str = "Who gets the attention") -> Plot:
@@ -419,41 +421,30 @@ def token_shares(trace: AttentionTrace, title: str = "Who gets the attention") -
     pads = [float(s) for s, t in zip(shares, trace.tokens, strict=True) if t.kind == "pad"]
     names, values = zip(*bars, *([(f"<pad> × {len(pads)}", sum(pads))] if pads else []), strict=True)
     figure, axes = _plot(6, 0.6 + 0.24 * len(names), title=title)
-    one = axes[0, 0]
-    colors = ["#c9c9d1" if n.startswith("<") else KEPT for n in names]
-    one.bar_label(
-        one.barh(range(len(names)), values, color=colors), [f"{v:.1%}" for v in values], fontsize=8, padding=3
-    )
-    _tidy(one, "", "share of all attention (grey: no words)")
+    one, colors = axes[0, 0], ["#c9c9d1" if n.startswith("<") else KEPT for n in names]
+    bars = one.barh(range(len(names)), values, color=colors)
+    one.bar_label(bars, [f"{v:.1%}" for v in values], fontsize=8, padding=3)
+    _tidy(one, "", "share of all attention (grey: no words)", percent="x")
     one.grid(False)
     one.set_yticks(range(len(names)), names, fontsize=9)
-    one.invert_yaxis()
-    one.xaxis.set_major_formatter(PercentFormatter(1.0))
-    one.set_xlim(0, max(values) * 1.12)
-    figure.alt = f"{title}: " + ", ".join(f"{n} {v:.1%}" for n, v in zip(names, values, strict=True))
-    return figure
+    one.set(xlim=(0, max(values) * 1.12), ylim=(len(names) - 0.4, -0.6))
+    return _said(figure, title, (f"{n} {v:.1%}" for n, v in zip(names, values, strict=True)), ", ")
 
 
 def denoising(trace: AttentionTrace, word: str, title: str = "") -> Slides:
     """A slider: the picture as it comes out of the noise, beside it where ``word`` looks at that step."""
     if not trace.previews:
         raise ValueError("this trace holds no previews: make it with trace(..., previews=True)")
-    count = len(trace.previews)
-    maps = [trace.step(i).word(word) for i in range(count)]
-    norm, frames = Normalize(0, max(1e-9, *(float(m.max()) for m in maps))), []
-    for picture, heat in zip(trace.previews, maps, strict=True):
-        figure, axes = _plot(5, 2.3, 1, 2)
-        figure.colors = 256
-        for one in axes.flat:
-            _bare(one)
-        axes[0, 0].imshow(picture, interpolation="nearest")
-        image = _heat(axes[0, 1], heat, norm, picture)
-        _color_bar(figure, axes, image)
-        frames.append(figure.png())
+    steps = [replace(trace.step(i), image=picture) for i, picture in enumerate(trace.previews)]
+    maps = [step.word(word) for step in steps]
+    top = max(1e-9, *(float(m.max()) for m in maps))
     labels = [
-        f"step {i + 1} of {count}: “{word}” gets {m.mean():.1%}, {_where(m)}" for i, m in enumerate(maps)
+        f"step {i} of {len(maps)}: “{word}” gets {m.mean():.1%}, {_where(m)}" for i, m in enumerate(maps, 1)
     ]
-    return Slides(frames, labels, title or f"“{trace.prompt}” comes out of the noise")
+    frames = [word_overlay(step, word, title=" ", top=top) for step in steps]
+    return Slides(
+        [frame.png() for frame in frames], labels, title or f"“{trace.prompt}” comes out of the noise"
+    )
 
 
 # ---- losses and weights
@@ -473,67 +464,42 @@ def loss_curves(history: pd.DataFrame, title: str = "The three losses while forg
             values = history[column].where(history[column] > floor)
             one.plot(history.index, values, color=ACCENT, alpha=0.35, linewidth=1)
             one.plot(history.index, values.rolling(10, min_periods=1).mean(), color=KEPT, linewidth=2)
-            one.set_yscale("log")
-            one.yaxis.set_major_formatter("{x:g}")
-            one.yaxis.set_minor_formatter("")
+            _log(one.yaxis)
         _tidy(one, label, "iteration")
     ends = {c: (history[c].iloc[0], history[c].iloc[-1]) for c in panels} if len(history) else {}
-    figure.alt = f"{title}. " + "; ".join(f"{c} {a:.3g} to {b:.3g}" for c, (a, b) in ends.items())
-    return figure
+    return _said(figure, title, (f"{c} {a:.3g} to {b:.3g}" for c, (a, b) in ends.items()))
 
 
 def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer by layer") -> Plot:
     """One panel per loss, a line per layer from before (circle) to after (triangle), log scale."""
-    names = {"attention": "attention loss\n(falls)", "prior": "prior-preservation loss\n(stays small)",
-             "regularization": "regularization loss\n(distance walked)"}  # fmt: skip
-    figure, axes = _plot(9, 1.1 + 0.22 * len(history), 1, 3, title, "○ before, ▶ after; none: 0", sharey=True)
-    at = np.arange(len(history))
+    names = {"attention": "falls", "prior": "stays small", "regularization": "distance walked"}
+    figure, axes = _plot(9, 1.2 + 0.22 * len(history), 1, 3, title, "○ before, ▶ ◀ after; none: 0")
     for one, (name, label) in zip(axes[0], names.items(), strict=True):
-        before, after = (history[f"{name} {when}"].where(lambda v: v > 0) for when in ("before", "after"))
-        one.hlines(at, before, after, color=ACCENT, linewidth=2, alpha=0.5)
-        one.plot(before, at, "o", mfc="white", mec=ACCENT, ms=6)
-        one.plot(after, at, ">", color=KEPT, ms=6)
-        one.set_xscale("log")
-        one.xaxis.set_major_formatter("{x:g}")
-        one.xaxis.set_minor_formatter("")
-        _tidy(one, label)
-    axes[0, 0].set_yticks(at, map(layer_label, history.index), fontsize=8)
-    axes[0, 0].invert_yaxis()
+        ends = (history[f"{name} {when}"].where(lambda v: v > 0) for when in ("before", "after"))
+        _log(one.xaxis)
+        _moves(one, map(layer_label, history.index), *ends, colors=(KEPT, KEPT))
+        _tidy(one, f"{name} loss\n({label})")
+        one.tick_params(labelleft=one is axes[0, 0])
     means = history.mean()
-    figure.alt = f"{title}. Means over layers: " + "; ".join(
-        f"{name} {means[f'{name} before']:.3g} to {means[f'{name} after']:.3g}" for name in names
-    )
-    return figure
+    parts = (f"{name} {means[f'{name} before']:.3g} to {means[f'{name} after']:.3g}" for name in names)
+    return _said(figure, f"{title}, means over layers", parts)
 
 
 def shares_moved(
-    names: Sequence[str],
-    before: Sequence[float],
-    after: Sequence[float],
-    labels: tuple[str, str] = ("before", "after"),
-    title: str = "Who gains what the others lose",
-) -> Plot:
+    names: Names, before: Sequence[float], after: Sequence[float],
+    labels: tuple[str, str] = ("before", "after"), title: str = "Who gains what the others lose",
+) -> Plot:  # fmt: skip
     """Each token's share of attention before (circle) and after (a triangle that points there)."""
-    before, after = (np.asarray(x, dtype=float) for x in (before, after))
     figure, axes = _plot(6.6, 0.9 + 0.26 * len(names), title=title)
-    one, at, gains = axes[0, 0], np.arange(len(names)), after >= before
-    one.hlines(at, before, after, color=ACCENT, linewidth=2, alpha=0.5)
-    one.plot(before, at, "o", mfc="white", mec=ACCENT, ms=7)
-    for which, marker, color in ((gains, ">", KEPT), (~gains, "<", LOST)):
-        one.plot(after[which], at[which], marker, color=color, ms=8)
-    for y, b, a in zip(at, before, after, strict=True):
+    _moves(axes[0, 0], names, before, after)
+    for i, (b, a) in enumerate(zip(before, after, strict=True)):
         place = dict(xytext=(9, 0), textcoords="offset points", va="center")
-        one.annotate(f"{100 * (a - b):+.1f}", (max(a, b), y), fontsize=8, **place)
-    _tidy(
-        one, "", f"share of all attention: ○ {labels[0]}, ▶ {labels[1]}; numbers: change in percentage points"
-    )
-    one.set_yticks(at, names, fontsize=9)
-    one.invert_yaxis()
-    one.xaxis.set_major_formatter(PercentFormatter(1.0))
-    one.set_xlim(0, max(before.max(), after.max()) * 1.14)
+        axes[0, 0].annotate(f"{100 * (a - b):+.1f}", (max(a, b), i), fontsize=8, **place)
+    label = f"share of all attention: ○ {labels[0]}, ▶ {labels[1]}; numbers: change in percentage points"
+    _tidy(axes[0, 0], "", label, percent="x")
+    axes[0, 0].set_xlim(0, max(*before, *after) * 1.14)
     moves = zip(names, before, after, strict=True)
-    figure.alt = f"{title}: " + ", ".join(f"{n} {b:.1%} to {a:.1%}" for n, b, a in moves)
-    return figure
+    return _said(figure, title, (f"{n} {b:.1%} to {a:.1%}" for n, b, a in moves), ", ")
 
 
 MATRICES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out": "output"}
@@ -567,11 +533,9 @@ def matrices(panels: Mapping[str, Mapping[str, float]], title: str = "") -> Plot
         one.set_xticks(range(len(layers)), map(layer_label, layers), fontsize=8)
         one.tick_params(length=0)
         one.set_title(name, fontsize=9)
-    figure.alt = f"{title or 'Matrices of cross-attention'}. " + "; ".join(
-        f"{name}: {int((t > 0).sum())} of {t.size} above zero, the largest {t.max():.2g}"
-        for name, t in zip(panels, tables, strict=True)
-    )
-    return figure
+    counts = zip(panels, tables, strict=True)
+    parts = (f"{n}: {(t > 0).sum()} of {t.size} above zero, the largest {t.max():.2g}" for n, t in counts)
+    return _said(figure, title or "Matrices of cross-attention", parts)
 
 
 def drift_over_requests(drifts: Mapping[str, pd.DataFrame], title: str = "How far the weights went") -> Plot:
@@ -583,24 +547,17 @@ def drift_over_requests(drifts: Mapping[str, pd.DataFrame], title: str = "How fa
         shown = [(kind, look) for kind, look in zip([k for k in kinds if k in table], LINES, strict=False)]
         for kind, look in shown:
             one.plot([0, *table.index], [0, *table[kind]], **look)
-        _tidy(one, name, "requests")
-        one.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        one.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _tidy(one, name, "requests", percent="y")
     _name_lines(one, [(float(table[kind].iloc[-1]), kinds[kind], look["color"]) for kind, look in shown])
     axes[0, 0].set_ylabel("distance, as a share of the layer", fontsize=8)
-    figure.alt = f"{title}. " + "; ".join(
-        f"{name}, at the end: " + ", ".join(f"{kinds[k]} {v:.1%}" for k, v in table.iloc[-1].items())
-        for name, table in far.items()
-    )
-    return figure
+    ends = {n: ", ".join(f"{kinds[k]} {v:.1%}" for k, v in t.iloc[-1].items()) for n, t in far.items()}
+    return _said(figure, title, (f"{name}, at the end: {end}" for name, end in ends.items()))
 
 
 # ---- judged
 
 
-def accuracy_plot(
-    before: pd.DataFrame, after: pd.DataFrame, forgotten: Sequence[str] = (), title: str = ""
-) -> Plot:
+def accuracy_plot(before: pd.DataFrame, after: pd.DataFrame, forgotten: Names = (), title: str = "") -> Plot:
     """The judge's accuracy per concept before (open) and after (filled), with 95 % intervals."""
     names, title = list(before.index), title or "What the judge recognises, before and after"
     n = f", n = {int(after.images.iloc[0])} pictures each" if "images" in after else ""
@@ -612,21 +569,15 @@ def accuracy_plot(
         x, rows = at[which] + 0.14, after[which]
         one.vlines(x, rows.low, rows.high, color=color, linewidth=1.5, alpha=0.55)
         one.plot(x, rows.accuracy, marker, color=color, ms=7, linestyle="none")
-    _tidy(one, "", "", "named right by the judge")
-    one.set_xticks(
-        at, [f"✕ {c}" if c in forgotten else c for c in names], rotation=45, ha="right", fontsize=8
-    )
+    _tidy(one, "", "", "named right by the judge", "y")
+    labels = [f"✕ {c}" if c in forgotten else c for c in names]
+    one.set_xticks(at, labels, rotation=45, ha="right", fontsize=8)
     one.set_ylim(-0.06, 1.06)
-    one.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.alt = f"{title}: " + ", ".join(
-        f"{n} {before.accuracy[n]:.2f} to {after.accuracy[n]:.2f}" for n in names
-    )
-    return figure
+    moves = (f"{n} {before.accuracy[n]:.2f} to {after.accuracy[n]:.2f}" for n in names)
+    return _said(figure, title, moves, ", ")
 
 
-def accuracy_matrix(
-    matrix: pd.DataFrame, requests: Sequence[str], title: str = "", caption: str = ""
-) -> Plot:
+def accuracy_matrix(matrix: pd.DataFrame, requests: Names, title: str = "", caption: str = "") -> Plot:
     """The accuracy matrix R[k, j] in percent: rows are models, columns concepts, requests first.
 
     White is as wished (gone, or there); red is lost, violet is still there although it was to go, which the
@@ -636,12 +587,11 @@ def accuracy_matrix(
     caption = caption or "% named right; white: as wished; framed: was to go"
     figure, axes = _plot(1.5 + 0.46 * matrix.shape[1], 1.6 + 0.34 * len(matrix), title=title, caption=caption)
     draw_matrix(axes[0, 0], matrix, requests)
-    last = ", ".join(f"{name} {value:.2f}" for name, value in matrix.iloc[-1].items())
-    figure.alt = f"{title}. After {', '.join(requests)}: {last}"
-    return figure
+    last = (f"{name} {value:.2f}" for name, value in matrix.iloc[-1].items())
+    return _said(figure, f"{title}. After {', '.join(requests)}", last, ", ")
 
 
-def draw_matrix(axes: Axes, matrix: pd.DataFrame, requests: Sequence[str], at: int | None = None) -> None:
+def draw_matrix(axes: Axes, matrix: pd.DataFrame, requests: Names, at: int | None = None) -> None:
     """:func:`accuracy_matrix` on given axes; ``at`` points at one row."""
     if missing := [c for c in requests if c not in matrix.columns]:
         raise ValueError(f"the matrix has no column for {', '.join(missing)}: evaluate it as well")
@@ -677,40 +627,37 @@ METRICS = {
     "CRA": "kept, other kind (CRA)\nthan the last request's",
     "HM": "harmonic mean (HM)\nsmall when one of them is",
 }
-"""What columns of a sequence's metrics are called. Kinds do not swap meaning; IRA and CRA do."""
+"""What columns of a sequence's metrics are called."""
+
+
+def shown_metrics(table: pd.DataFrame) -> list[str]:
+    """The metrics to show: by kinds where there are, for IRA and CRA swap meaning with the last request."""
+    swapped = ("IRA", "CRA") if "objects kept" in table else ()
+    return [name for name in METRICS if name in table and name not in swapped]
 
 
 def metrics_over_requests(
-    tables: Mapping[str, pd.DataFrame],
-    names: Sequence[str] | None = None,
-    title: str = "What is gone, and what is left",
-    caption: str = "",
-) -> Plot:
-    """A panel per metric, a line per sequence; ``tables`` holds the metrics after each request by name.
-
-    By default UA, objects kept, styles kept and their mean; IRA and CRA where the tables know no kinds.
-    """
-    first = next(iter(tables.values()))
-    swapped = ("IRA", "CRA") if "objects kept" in first else ("objects kept", "styles kept")
-    names = [n for n in METRICS if n in first and n not in swapped] if names is None else names
+    tables: Mapping[str, pd.DataFrame], names: Names | None = None,
+    title: str = "What is gone, and what is left", caption: str = "",
+) -> Plot:  # fmt: skip
+    """A panel per metric (:func:`shown_metrics`), a line per sequence; ``tables`` holds metrics by name."""
+    names = shown_metrics(next(iter(tables.values()))) if names is None else names
     figure, axes = _plot(2.4 * len(names) + 1.2, 3.1, 1, len(names), title, caption, sharey=True)
-    looks = [
-        LINES[i % len(LINES)] | {"ls": ("-", "--", ":")[i // len(LINES) % 3]} for i in range(len(tables))
-    ]
+    count = len(LINES)
+    looks = [LINES[i % count] | {"ls": ("-", "--", ":")[i // count % 3]} for i in range(len(tables))]
     for one, name in zip(axes[0], names, strict=True):
         for look, table in zip(looks, tables.values(), strict=True):
             one.plot(table[name], **look)
         one.set_ylim(-0.05, 1.05)
-        _tidy(one, METRICS.get(name, name), "requests")
-        one.yaxis.set_major_formatter(PercentFormatter(1.0))
-        one.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ends = zip(tables.items(), looks, strict=True)
-    _name_lines(one, [(float(t[names[-1]].iloc[-1]), label, look["color"]) for (label, t), look in ends])
-    figure.alt = f"{title}. " + "; ".join(
-        f"{label}, at the end: " + ", ".join(f"{name} {table[name].iloc[-1]:.2f}" for name in names)
-        for label, table in tables.items()
+        _tidy(one, METRICS.get(name, name), "requests", percent="y")
+    ends = {label: table[list(names)].iloc[-1] for label, table in tables.items()}
+    _name_lines(
+        one, [(end.iloc[-1], n, look["color"]) for (n, end), look in zip(ends.items(), looks, strict=True)]
     )
-    return figure
+    texts = {
+        label: ", ".join(f"{name} {value:.2f}" for name, value in end.items()) for label, end in ends.items()
+    }
+    return _said(figure, title, (f"{label}, at the end: {text}" for label, text in texts.items()))
 
 
 def pareto_front(table: pd.DataFrame) -> list[str]:
@@ -741,39 +688,25 @@ def trade_off(
         on, mine = names[0] in front, 1 + (len(names) - 1) // 3
         look = dict(marker="o" if on else "s", mfc=KEPT if on else "white", zorder=4 if on else 3)
         one.plot(a, b, color=KEPT, ms=8, mew=1.5, **look)
-        parts = [", ".join(names[i : i + 3]) for i in range(0, len(names), 3)]
-        one.annotate(
-            ",\n".join(parts) + f": {b:.0%} gone, {a:.0%} kept",
-            (a, b),
-            (1.04, 1 - (done + mine / 2) / lines),  # in a column, so that close points stay apart
-            textcoords="axes fraction",
-            fontsize=8,
-            fontweight="bold" if on else "normal",
-            va="center",
-            arrowprops=dict(arrowstyle="-", color=ACCENT, lw=0.7, alpha=0.45, relpos=(0, 0.5), shrinkB=5),
-        )
+        text = ",\n".join(", ".join(names[i : i + 3]) for i in range(0, len(names), 3))
+        place = (1.04, 1 - (done + mine / 2) / lines)  # in a column, so that close points stay apart
+        arrow = dict(arrowstyle="-", color=ACCENT, lw=0.7, alpha=0.45, relpos=(0, 0.5), shrinkB=5)
+        look = dict(fontsize=8, fontweight="bold" if on else "normal", va="center", arrowprops=arrow)
+        text += f": {b:.0%} gone, {a:.0%} kept"
+        one.annotate(text, (a, b), place, textcoords="axes fraction", **look)
         done += mine
     low, high = np.minimum(table.min(), table.max() - 0.2), table.max()
     pad = 0.06 * (high - low)
     one.set(xlim=(low[x] - pad[x], high[x] + pad[x]), ylim=(low[y] - pad[y], high[y] + pad[y]))
-    _tidy(one, "", *axes_labels)
-    for axis in (one.xaxis, one.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    figure.alt = f"{title}. " + "; ".join(
-        f"{name}{' (on the front)' if name in front else ''}: {row[y]:.2f} {y}, {row[x]:.2f} {x}"
-        for name, row in table.iterrows()
-    )
-    return figure
+    _tidy(one, "", *axes_labels, percent="xy")
+    one.locator_params(nbins=6, steps=[1, 2, 5, 10])
+    names = {n: f"{n} (on the front)" if n in front else n for n in table.index}
+    parts = (f"{names[n]}: {row[y]:.2f} {y}, {row[x]:.2f} {x}" for n, row in table.iterrows())
+    return _said(figure, title, parts)
 
 
 def timeline_step(
-    pictures: Sequence[Sequence[Image.Image]],
-    names: Sequence[str],
-    requests: Sequence[str],
-    matrix: pd.DataFrame,
-    at: int,
-    alt: str = "",
+    pictures: Rows, names: Names, requests: Names, matrix: pd.DataFrame, at: int, alt: str = ""
 ) -> Plot:
     """Pictures of the base and of model ``at`` (framed: was to go), and the matrix with its row marked."""
     figure = Plot(figsize=(10, 3.4 + 0.3 * len(matrix)), dpi=100, layout="constrained")
@@ -789,13 +722,15 @@ def timeline_step(
 # ---- attacks
 
 
-def _looks(names: Sequence[str]) -> list[dict]:
+def _looks(names: Names) -> list[dict]:
     """A model keeps its own marker and colour, also in "unlearned, other pictures"; others get spare ones."""
-    spare = iter(LINES[3:])
-    looks = [LOOKS.get(name.split(",")[0]) or next(spare, None) for name in names]
-    if None in looks:
+    heads = [name.split(",")[0] for name in names]
+    looks = {head: LOOKS[head] for head in heads if head in LOOKS}
+    spare = iter([line for line in LINES[3:] if line not in looks.values()])
+    looks |= {head: next(spare, None) for head in dict.fromkeys(heads) if head not in looks}
+    if None in looks.values():
         raise ValueError(f"{', '.join(names)}: expected at most {len(LINES) - 3} beside {', '.join(LOOKS)}")
-    return looks
+    return [looks[head] for head in heads]
 
 
 def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?", caption: str = "") -> Plot:
@@ -806,22 +741,22 @@ def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?", captio
     """
     attacks, models = (list(table.index.unique(level)) for level in (0, 1))
     caption = caption or "pictures in which the judge sees the concept, with 95 % intervals"
-    figure, axes = _plot(7.6, 1.1 + 0.55 * len(attacks), title=title, caption=caption)
+    between = min(0.22, 0.84 / len(models))
+    figure, axes = _plot(
+        7.6, 1.1 + max(0.55, 0.16 * len(models)) * len(attacks), title=title, caption=caption
+    )
     one = axes[0, 0]
     for k, (model, look) in enumerate(zip(models, _looks(models), strict=True)):
         rows = table.xs(model, level=1)
-        at = np.array([attacks.index(a) for a in rows.index]) + 0.22 * (k - (len(models) - 1) / 2)
+        at = np.array([attacks.index(a) for a in rows.index]) + between * (k - (len(models) - 1) / 2)
         one.hlines(at, rows.low, rows.high, color=look["color"], linewidth=2, alpha=0.55)
         one.plot(rows.seen, at, **look | {"ls": "", "ms": 8, "mec": "white", "mew": 0.8})
         name = dict(xytext=(9, 0), textcoords="offset points", va="center", fontsize=8, color=look["color"])
         one.annotate(model, (rows.high.iloc[0], at[0]), **name)  # in the first row, beside its interval
-    _tidy(one)
+    _tidy(one, percent="x")
     one.set_yticks(range(len(attacks)), attacks)
-    one.set_ylim(len(attacks) - 0.45, -0.55)
-    one.set_xlim(-0.03, 1.12)
-    one.xaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.alt = f"{title} " + "; ".join(f"{a}, {m}: {s:.0%}" for (a, m), s in table.seen.items())
-    return figure
+    one.set(xlim=(-0.03, 1.12), ylim=(len(attacks) - 0.45, -0.55))
+    return _said(figure, title, (f"{a}, {m}: {s:.0%}" for (a, m), s in table.seen.items()))
 
 
 def recovery_curves(
@@ -842,14 +777,15 @@ def recovery_curves(
         right.plot(curve.index, curve.told, **look)
     left.set_ylim(-0.03, 1.03)
     right.axhline(known, color=ACCENT, linestyle="--", linewidth=1)
-    _tidy(left, "The judge: pictures with the concept", "fine-tuning steps; bands are 95 % intervals")
+    _tidy(
+        left, "The judge: pictures with the concept", "fine-tuning steps; bands are 95 % intervals", "", "y"
+    )
     _tidy(right, "No judge: error on new drawings, told the name", "fine-tuning steps")
-    left.yaxis.set_major_formatter(PercentFormatter(1.0))
     ends = [(float(c.told.iloc[-1]), name, looks[name]["color"]) for name, c in curves.items()]
     _name_lines(right, [*ends, (known, "base", ACCENT)])
-    figure.alt = f"{title} " + "; ".join(
-        f"{name}: "
-        + ", ".join(f"{row.seen:.0%} (error {row.told:.4f}) after {row.Index}" for row in c.itertuples())
+    told = {
+        name: [(k, f"{row.seen:.0%} (error {row.told:.4f})") for k, row in c.iterrows()]
         for name, c in curves.items()
-    )
-    return figure
+    }
+    parts = (f"{name}: " + ", ".join(f"{what} after {k}" for k, what in row) for name, row in told.items())
+    return _said(figure, title, parts)

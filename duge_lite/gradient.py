@@ -317,31 +317,31 @@ def trainable_parameters(
 def batch_losses(
     unet: torch.nn.Module,
     forget: Lessons,
-    keep: Lessons,
+    keep: Lessons | None,
     objective: Objective,
     record: AttentionRecorder | None,
     config: UnlearnConfig,
 ) -> tuple[Tensor, Tensor]:
-    """The objective's loss and the prior-preservation loss, from one pass over both batches."""
+    """The objective's loss and the prior-preservation loss (0 without memory), from one pass over both."""
     wanted = forget.wanted
     if objective.moving:
         with torch.no_grad():
             answer = Pass(unet(forget.noisy, forget.timesteps, forget.other).sample)
         wanted = objective.target(answer, answer, answer.noise_pred, config)
     names = ("noisy", "timesteps", "encoder_hidden_states")
-    inputs = (torch.cat([getattr(part, name) for part in (forget, keep)]) for name in names)
+    inputs = (torch.cat([getattr(part, name) for part in (forget, keep) if part]) for name in names)
     noise_pred = unet(*inputs).sample  # (b + m, 4, h, w)
     size = len(forget.noisy)
     loss = objective.loss(passed(noise_pred, record, slice(size)), wanted)
     if record is not None:
         record.stop()  # or it would hold on to all that the backward pass computes again
-    return loss, prior_preservation_loss(noise_pred[size:], keep.wanted[0])
+    return loss, prior_preservation_loss(noise_pred[size:], keep.wanted[0]) if keep else 0 * loss
 
 
 def gradient_steps(
     pipe: StableDiffusionPipeline,
     asks: Sequence[tuple[str, str]],
-    memory: Pictures,
+    memory: Pictures | None,
     config: UnlearnConfig,
     card: ModelCard,
     base: Mapping[str, Tensor],
@@ -351,7 +351,7 @@ def gradient_steps(
 
     Args:
         asks: for every picture of what goes its prompt and what is asked instead.
-        memory: pictures of what is to stay.
+        memory: pictures of what is to stay; None for a method that looks at none.
         base: the weights of the reference, by name: of the model before anything went.
 
     Between two states the pipeline can be used, and only then may somebody else change its weights. Raises
@@ -376,7 +376,7 @@ def gradient_steps(
             target = Noised.of(pictures, config.lessons, scheduler, generator)
     texts, instead = encode_prompts(pipe, prompts)[target.index], encode_prompts(pipe, others)[target.index]
     target = replace(target, encoder_hidden_states=texts)
-    kept = Noised.of(memory, config.lessons, scheduler, generator)
+    kept = Noised.of(memory, config.lessons, scheduler, generator) if memory else None
     stored = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
     asked = torch.is_autocast_enabled(device.type)  # by the caller
     precision = torch.get_autocast_dtype(device.type) if asked else stored
@@ -395,14 +395,14 @@ def gradient_steps(
         try:
             with mixed, swapped(trained, first):
                 lessons = ask_about_concept(unet, target, instead, objective, config)
-                memory_lessons = ask_about_memory(unet, kept, config)
+                memory_lessons = ask_about_memory(unet, kept, config) if kept else None
             optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=0.0)
             scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
             for step in range(1, config.iterations + 1):
                 forget = lessons.batch(config.batch_size, generator, device)
-                keep = memory_lessons.batch(config.memory_batch_size, generator, device)
+                keep = memory_lessons and memory_lessons.batch(config.memory_batch_size, generator, device)
                 # watched to the end of the backward pass: gradient checkpointing runs the layers again
-                with watching(unet, objective, config, memory.latents.shape[-2:]) as record:
+                with watching(unet, objective, config, target.noisy.shape[-2:]) as record:
                     with mixed:
                         forget_loss, prior = batch_losses(unet, forget, keep, objective, record, config)
                     losses = {
@@ -424,10 +424,8 @@ def gradient_steps(
                 scaler.step(optimizer)
                 scaler.update()
                 if step == config.iterations:  # no later loss would show what the last step did
-                    with (
-                        torch.no_grad(),
-                        watching(unet, objective, config, memory.latents.shape[-2:]) as record,
-                    ):
+                    size = target.noisy.shape[-2:]
+                    with torch.no_grad(), watching(unet, objective, config, size) as record:
                         with mixed:
                             last = batch_losses(unet, forget, keep, objective, record, config)
                     _check_finite(dict(zip(losses, last, strict=False)), torch.zeros(()), step, config)

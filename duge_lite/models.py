@@ -76,6 +76,8 @@ def load_pipeline(
     """
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype = {dtype!r}: expected a torch.dtype, such as torch.float32")
     is_doodle = str(model) == "doodle"
     source = data_dir() / "doodle-sd" if is_doodle else Path(model)
     looks_local = (
@@ -224,6 +226,8 @@ def sample(
     for name in ("height", "width"):  # diffusers takes 0 for "not given"
         if (size := options.get(name)) is not None and (not isinstance(size, Integral) or size < 1):
             raise ValueError(f"{name} = {size!r}: expected a number of pixels")
+    if (options.get("height") is None) != (options.get("width") is None):  # diffusers would ignore it
+        raise ValueError("height and width go together: expected both, or none")
     texts = [prompts] if isinstance(prompts, str | None) else list(prompts)
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"a prompt is {wrong[0]!r}: expected a text")
@@ -234,16 +238,19 @@ def sample(
         raise ValueError(
             f"{len(texts)} prompts and {len(seeds)} seeds: expected one seed each, or one number"
         )
+    more: dict[str, object] = {}
     out, mine = [], share(list(zip(texts, seeds, strict=True)))
     for start in range(0, len(mine), batch_size):
         part, own = zip(*mine[start : start + batch_size], strict=True)
+        if isinstance(unwanted := options.get("negative_prompt"), str):
+            more["negative_prompt"] = [unwanted] * len(part)  # diffusers wants as many
         result = pipe(
             list(part),
             num_inference_steps=int(steps),
             guidance_scale=float(scale),
             generator=[torch.Generator("cpu").manual_seed(int(s)) for s in own],
             output_type=output_type,
-            **options,
+            **(options | more),
         ).images
         out += [result.cpu()] if output_type == "latent" else result
     out = gathered(out)

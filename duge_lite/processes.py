@@ -2,9 +2,9 @@
 
 Each process, on a GPU of its own, runs the same program and makes the same calls in the same order. Then
 :func:`~duge_lite.unlearning.unlearn`, sequences, :func:`~duge_lite.models.sample` and all that draws with it
-end in each as they would in one alone. Batches of lessons and lists of prompts are shared out, gradients are
-averaged, pictures gathered; the main process alone writes files and shows progress. The reference's answers,
-attacks and what a :func:`~duge_lite.attention.trace` draws are not shared: each works them out itself.
+end in each as they would in one alone. Lists of prompts are shared out and pictures, or what the layers saw
+of them, gathered; the main process alone writes files and shows progress. The gradient solver, attacks and
+what a :func:`~duge_lite.attention.trace` draws are not shared.
 
 Whoever makes a call that the others do not make waits for them. So print and plot in the main process, but
 draw, forget and save in all. When one dies (of a full memory, say), the launcher ends the others; one that
@@ -23,10 +23,9 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, reduce
-from torch import Tensor
+from accelerate.utils import broadcast_object_list, gather_object
 
-Items = TypeVar("Items", Tensor, Sequence)
+Items = TypeVar("Items", bound=Sequence)
 Result = TypeVar("Result")
 
 
@@ -48,7 +47,7 @@ def is_main() -> bool:
 
 
 def share(items: Items) -> Items:
-    """This process's part of ``items``, a sequence or a tensor; in their order the parts make up the whole.
+    """This process's part of ``items``; in their order the parts make up the whole.
 
     A process for which none is left repeats the last one, so that the whole has to be cut to its length.
     """
@@ -59,22 +58,9 @@ def share(items: Items) -> Items:
     return part if len(part) else items[-1:]
 
 
-def check_batches(**sizes: int) -> None:
-    """Raises ValueError for a size that the processes cannot share equally, as their mean supposes."""
-    count = state.num_processes if (state := launched()) else 1
-    for name, size in sizes.items():
-        if size % count:
-            raise ValueError(f"{name} = {size}: expected a multiple of {count}, the number of processes")
-
-
 def gathered(mine: list) -> list:
     """The lists of all processes, one after another, in every process."""
     return gather_object(mine) if launched() else mine
-
-
-def averaged(tensors: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    """The mean over the processes, in every process; of tensors without gradient."""
-    return reduce(tensors, "mean") if launched() else tensors
 
 
 def from_main(function: Callable[[], Result]) -> Result:

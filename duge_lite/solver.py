@@ -84,11 +84,11 @@ def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
     For the output matrix what the heads say, (P, 1, R, C); for the values the text as each head hears it,
     (P, heads, R, D).
     """
-    z = attention_maps(attn, hidden, text) @ text[:, None].float()  # (P, heads, R, D)
+    maps = attention_maps(attn, hidden, text)  # (P, heads, R, T)
     if solve == "values":
-        return z
-    said = z @ attn.to_v.weight.float().unflatten(0, (attn.heads, -1)).mT  # (P, heads, R, C / heads)
-    return said.transpose(1, 2).flatten(2)[:, None]
+        return maps @ text[:, None].float()
+    values = (text.float() @ attn.to_v.weight.float().mT).unflatten(-1, (attn.heads, -1))  # first: few
+    return (maps @ values.transpose(1, 2)).transpose(1, 2).flatten(2)[:, None]
 
 
 def solved_matrix(attn: Attention, solve: str) -> Tensor:
@@ -374,7 +374,7 @@ class PictureBook:
                     raise DivergedError(f"what {name} hears is not finite; the weights are as they were")
                 size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
                 new = solve_matrix(old, read, wanted, ridge * size)
-                weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1)
+                weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1).cpu()  # 64 bits: not on the device
                 rows.append({"layer": name} | _losses(old, new, kept, went))
         return weights, pd.DataFrame(rows).set_index("layer")
 

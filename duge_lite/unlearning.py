@@ -390,7 +390,9 @@ def _steps(
     old = round(config.revisit * config.target_size) if gone else 0
     asks = _share([[(p, ends[p]) for p in c.prompts] for c in concepts], config.target_size - old)
     asks += _share([[(p, ends[p]) for p in c.prompts] for c in gone], old)
-    memory = book.pictures(pipe, keep[: config.memory_size or GRADIENT_MEMORY])
+    memory = None
+    if objective is DUGE or config.weights[1]:  # DUGE tells the prior loss even where it does not count
+        memory = book.pictures(pipe, keep[: config.memory_size or GRADIENT_MEMORY])
     seed = zlib.crc32(f"{config.seed} {concepts[0].name}".encode())  # of the request
     own = replace(config, seed=seed % 1_000_000)
     yield from gradient_steps(pipe, asks, memory, own, book.card, book.reference, objective)

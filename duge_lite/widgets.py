@@ -308,7 +308,7 @@ class Timeline:
         """Model ``at`` in one sentence."""
         if at == 0:
             return "The base model: nothing was asked to go yet."
-        known = self.metrics.loc[at].reindex([*figures.METRICS]).dropna()
+        known = self.metrics.loc[at, figures.shown_metrics(self.metrics)].dropna()
         numbers = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
         return f"Asked to go: {', '.join(self.requests[:at])}. {numbers}."
 

@@ -5,6 +5,7 @@ trained weights, processors or gradients behind for the next.
 """
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
 def changed(pipe: StableDiffusionPipeline, before: dict[str, torch.Tensor]) -> set[str]:
     now = weights(pipe)
     return {name for name, value in before.items() if not torch.equal(now[name], value)}
+
+
+def quick_card(pipe) -> duge.ModelCard:
+    """Its own card, but pictures for the gradient solver are drawn in two steps."""
+    return dataclasses.replace(duge.model_card(pipe), sampling_steps=2)
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import duge_lite as duge
-from duge_lite import attacks, checks, figures
+from duge_lite import attacks, checks
 from duge_lite.doodles import SYNONYMS, captions
 from duge_lite.errors import DivergedError, UnknownConceptError
 from duge_lite.evaluation import wilson_interval
@@ -334,39 +334,7 @@ def test_the_base_model_tells_what_an_apple_is(doodle_master):
     assert near.argmax() == token and near[token] > 0.5
 
 
-# ---------------------------------------------------------------------------- figures and the exercise
-
-
-def counted(values, names, levels):
-    index = pd.MultiIndex.from_tuples(names, names=levels) if len(levels) > 1 else pd.Index(names)
-    return pd.DataFrame({"seen": values, "low": 0.0, "high": 1.0}, index=index)
-
-
-def test_the_summary_shows_every_attack_on_every_model():
-    names = [(a, m) for a in ("plain", "company") for m in ("base", "unlearned", "oracle")]
-    figure = figures.attack_summary(counted([1, 0, 0.25, 0.9, 0.1, 0], names, ["attack", "model"]))
-    (axes,) = figure.axes
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["plain", "company"]
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["base", "unlearned", "oracle"]
-    assert len({line.get_marker() for line in axes.lines}) == 3
-    assert list(axes.lines[2].get_xdata()) == [0.25, 0]
-    assert "plain, oracle: 25%" in figure.alt
-
-
-def test_a_curve_and_its_control_look_alike_but_not_the_same():
-    curve = counted([0.0, 1.0], [0, 10], ["step"]).assign(told=[0.06, 0.04])
-    figure = figures.recovery_curves({"oracle": curve, "oracle, other pictures": curve / 2}, 0.03)
-    mine, control = figure.axes[0].lines
-    assert list(figure.axes[1].lines[0].get_ydata()) == [0.06, 0.04]
-    assert mine.get_marker() == control.get_marker() and mine.get_color() == control.get_color()
-    assert mine.get_linestyle() != control.get_linestyle()
-    assert "oracle: 0% (error 0.0600) after 0, 100% (error 0.0400) after 10" in figure.alt
-
-
-def test_too_many_models_are_refused():
-    names = [("plain", str(i)) for i in range(4)]
-    with pytest.raises(ValueError, match="at most 3 beside"):
-        figures.attack_summary(counted([0.0] * 4, names, ["attack", "model"]))
+# ---------------------------------------------------------------------------- the exercise
 
 
 def test_recovery_time_knows_right_from_wrong():

@@ -1,78 +1,90 @@
-"""The benchmarks' own tools: what they count, and that they run."""
+"""The benchmarks' own tools: cells that can be gone on with, what is counted, and that every row runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+import duge_lite as duge
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """benchmarks/gpu.py, as a script beside its neighbours sees them."""
+def bench(monkeypatch):
+    """The scripts, as they see each other."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import common
+    import continual
     import gpu
+    import single
 
-    return gpu
+    return {m.__name__: m for m in (common, continual, gpu, single)}
 
 
-def test_bytes_are_counted_while_they_live(gpu):
+def test_cells_are_kept_and_read_anew_by_another_judge(bench, tmp_path, monkeypatch):
+    common, path = bench["common"], tmp_path / "x.jsonl"
+    cells = common.Cells(path)
+    cells.add(("ours", "apple", 0), {"cpu": 1.5}, np.full((2, 4, 4, 3), 7, np.uint8))
+    assert ("ours", "apple", 0) in common.Cells(path) and ("ours", "apple", 1) not in cells
+
+    calls = []
+
+    def read(key: tuple, pictures: np.ndarray) -> dict:
+        calls.append(key)
+        return {"mean": float(pictures.mean())}
+
+    for judge, count in (("a", 1), ("a", 1), ("b", 2)):
+        monkeypatch.setattr(common, "judge_id", lambda judge=judge: judge)
+        (cell,) = cells.read(read)
+        assert (cell["mean"], cell["cpu"], cell["judge"], len(calls)) == (7, 1.5, judge, count)
+    monkeypatch.setattr(common, "model", lambda: "another")
+    assert ("ours", "apple", 0) not in cells
+
+
+def test_orders_ask_for_the_same(bench):
+    continual = bench["continual"]
+    for world, names in continual.WORLDS.items():
+        orders = [continual.order(world, i) for i in range(continual.ORDERS)]
+        assert len(set(orders)) == continual.ORDERS and all(set(o) == set(names) for o in orders)
+    assert len(continual.TWELVE) == 12 and len(set(continual.SIXTEEN)) == 16
+
+
+def test_no_baseline_gets_what_is_ours(bench):
+    for name, method in bench["common"].methods().items():
+        if method.slow and method.objective is not duge.gradient.DUGE:
+            assert method.config.weights[2] == method.config.revisit == 0
+            assert method.config.weights[1] == (1.0 if "prior" in name or "nearest" in name else 0.0)
+
+
+@pytest.mark.slow
+def test_every_row_forgets_two_and_is_undone(bench, tiny_pipe):
+    before = {n: p.detach().clone() for n, p in tiny_pipe.unet.named_parameters()}
+    short = {"iterations": 1, "lessons": 2, "target_size": 2, "memory_size": 4, "num_inference_steps": 1}
+    for name, method in bench["common"].methods().items():
+        if name in ("base", "oracle") or name.startswith("  ") or "prior" in name or "0.1" in name:
+            continue  # nothing done, or the same with another number
+        if method.config is not None:
+            method = replace(method, config=replace(method.config, **short))
+        runs = [method.forget(tiny_pipe, "apple", 0), method.forget(tiny_pipe, "neon", 0, ("apple",))]
+        now = dict(tiny_pipe.unet.named_parameters())
+        assert any(not torch.equal(now[n], before[n]) for n in before), name
+        for run in reversed(runs):
+            run.restore()
+        assert all(torch.equal(now[n], before[n]) for n in before), name
+
+
+def test_bytes_are_counted_while_they_live(bench):
     before = torch.zeros(1000)  # 4000 bytes, made outside
-    with gpu.Tally() as tally:
+    with bench["gpu"].Tally() as tally:
         a = torch.zeros(1000)
-        assert tally.now == 4000
         view = a[:500].reshape(5, 100)
         b = a + before  # here nothing of `before` is counted
         del a
         assert (tally.now, tally.peak) == (8000, 8000)  # the view holds it
         del view
         assert tally.now == 4000
-        tally.add([before, b])
-        assert tally.now == 8000
-        tally.elsewhere({"there": before})
-        assert tally.now == 4000
         b.square().sum()
-    assert (tally.now, tally.peak) == (4000, 8004)
-
-
-@pytest.mark.slow
-def test_an_estimate_is_what_a_run_takes(gpu):
-    """Tensors without data come and go as real ones do, on a model of which one can have both."""
-    from common import stable_diffusion
-
-    pipe = stable_diffusion("cpu", torch.bfloat16, tiny=True)
-    pipe.vae.float()
-    with gpu.cuda_autocast():
-        real = gpu.counted("two UNets", pipe)
-    assert gpu.estimated("two UNets", tiny=True).peak == pytest.approx(real.peak, rel=0.01)
-
-
-def test_autocast_widens_the_norms_as_on_cuda(gpu):
-    norm, x = torch.nn.GroupNorm(2, 4), torch.randn(1, 4, 3, 3).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert norm.bfloat16()(x).dtype == torch.bfloat16
-        with gpu.cuda_autocast():
-            assert norm(x).dtype == torch.float32
-        assert norm(x).dtype == torch.bfloat16
-
-
-@pytest.mark.slow
-def test_the_table_of_a_narrow_model(gpu, tmp_path, capsys):
-    file = tmp_path / "gpu.txt"
-    gpu.main(["--device", "cpu", "--size", "tiny", "--rounds", "1", "--out", str(file)])
-    text = file.read_text("utf-8")
-    assert capsys.readouterr().out == text
-    lines = [line.split() for line in text.splitlines() if line.startswith("DUGE")]
-    turns, lessons = lines[: len(lines) // 2], lines[len(lines) // 2 :]
-    assert len(turns) == len(lessons) == 4
-    for *_, peak, reserved, took, rate in turns:
-        assert 0 < float(peak) < 1 and reserved == "-"
-        assert float(took) * float(rate) == pytest.approx(1, abs=0.1)
-
-
-@pytest.mark.nightly
-def test_stable_diffusion_fits_by_estimate(gpu):
-    """The goals for an iteration at 512 px with 2 + 2 pictures: 12 GB, and 8 GB with low_memory."""
-    usual, low = (gpu.estimated(way, tiny=False).peak * gpu.GIB for way in ("DUGE", "DUGE, low_memory"))
-    assert usual < 12e9 and low < 8e9 and low < 0.7 * usual
+    assert tally.peak == 8004

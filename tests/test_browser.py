@@ -285,18 +285,6 @@ app""",
 
 ERODE = [
     """import duge_lite as duge
-pipe = duge.load_pipeline("tiny")
-how = duge.UnlearnConfig(num_inference_steps=1, places=4, memory_size=4)
-sequence = duge.unlearn_sequence(pipe, ["apple", "car"], how, progress=False)
-matrix = sequence.matrix(["apple", "car", "orange", "neon"], images=1, num_inference_steps=1)
-app = duge.widgets.erosion_timeline(sequence, matrix, ["apple", "orange", "car", "star"])
-app""",
-    """app.timeline = None  # from here on, drawing fails""",
-]
-
-
-ERODE = [
-    """import duge_lite as duge
 from duge_lite import widgets
 pipe = duge.load_pipeline("tiny")
 config = duge.UnlearnConfig(num_inference_steps=2, places=4, memory_size=4, instead="star")

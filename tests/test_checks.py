@@ -1,5 +1,10 @@
 """The checkers of the exercises: what is right passes, what is wrong gets its own hint, nothing raises."""
 
+import math
+import re
+from pathlib import Path
+
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,7 +25,7 @@ CHECKERS = [
     checks.gone_and_kept,
     checks.recovery_time,
     checks.beats,
-    checks.training_megabytes,
+    checks.book_megabytes,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
@@ -127,14 +132,14 @@ def test_cross_attention_loss_wrong(wrong, hint):
 # Notebook 02: the regularization loss
 
 
-def by_name(parameters, anchor, importance):
-    total = sum((importance[n] * (p - anchor[n]) ** 2).sum() for n, p in parameters.items())
+def by_name(parameters, anchor):
+    total = sum(((p - anchor[n]) ** 2).sum() for n, p in parameters.items())
     return total / sum(p.numel() for p in parameters.values())
 
 
-def concatenated(parameters, anchor, importance):
-    p, a, w = (torch.cat([x[n] for n in parameters]) for x in (parameters, anchor, importance))
-    return (w * (p - a).square()).mean()
+def concatenated(parameters, anchor):
+    p, a = (torch.cat([x[n] for n in parameters]) for x in (parameters, anchor))
+    return (p - a).square().mean()
 
 
 @pytest.mark.parametrize("right", [by_name, concatenated, losses.regularization_loss])
@@ -143,34 +148,22 @@ def test_regularization_loss_right(right):
     assert verdict, verdict
 
 
-def walk(parameters, anchor, importance, each):
-    return sum(each(p, anchor[n], importance[n]) for n, p in parameters.items())
+def walk(parameters, anchor, each):
+    return sum(each(p, anchor[n]) for n, p in parameters.items())
 
 
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [
-        (lambda p, a, w: walk(p, a, w, lambda p, a, w: (w * p.square()).sum()) / 3, "nothing pulls"),
-        (lambda p, a, w: walk(p, a, w, lambda p, a, w: (w * (p - a)).sum()) / 3, "squared distances"),
-        (lambda p, a, w: walk(p, a, w, lambda p, a, w: (w * (p - a) ** 2).sum()), "squared distances"),
+        (lambda p, a: walk(p, a, lambda p, a: p.square().sum()) / 3, "nothing pulls"),
+        (lambda p, a: walk(p, a, lambda p, a: (p - a).sum()) / 3, "squared distances"),
+        (lambda p, a: walk(p, a, lambda p, a: (p - a).square().sum()), "squared distances"),
+        (lambda p, a: walk(p, a, lambda p, a: (p - a).square().mean()) / 2, "not by the 2 tensors"),
         (
-            lambda p, a, w: walk(p, a, w, lambda p, a, w: (w * (p - a) ** 2).mean()) / 2,
-            "not by the 2 tensors",
-        ),
-        (
-            lambda p, a, w: (
-                sum(
-                    (v * (x - y) ** 2).sum()
-                    for x, y, v in zip(p.values(), a.values(), w.values(), strict=True)
-                )
-                / 3
-            ),
+            lambda p, a: sum((x - y).square().sum() for x, y in zip(p.values(), a.values(), strict=True)) / 3,
             "by its name",
         ),
-        (lambda p, a, w: walk(p, a, w, lambda p, a, w: ((p - a) ** 2).sum()) / 3, "by its importance"),
-        (lambda p, a, w: walk(p, a, w, lambda p, a, w: ((w * (p - a)) ** 2).sum()) / 3, "after squaring"),
-        (lambda p, a, w: 3 * by_name(p, a, w) / sum(v.sum() for v in w.values()), "still divide by 3"),
-        (lambda p, a, w: by_name(p, a, w).item(), "stay in torch"),
+        (lambda p, a: by_name(p, a).item(), "stay in torch"),
     ],
 )
 def test_regularization_loss_wrong(wrong, hint):
@@ -191,10 +184,15 @@ def test_beats_knows_equals_and_names():
         assert not verdict and hint in verdict.message, verdict
 
 
-def test_training_megabytes_counts_every_copy():
-    assert checks.training_megabytes(lambda weights: weights * 18 / 1e6)
-    forgot = checks.training_megabytes(lambda weights: weights * 14 / 1e6)
-    assert not forgot and "two means" in forgot.message
+def test_book_megabytes_counts_both_halves_and_all_layers():
+    assert checks.book_megabytes(lambda channels, moments, places: 4 * moments * places * sum(channels) / 1e6)
+    for wrong, hint in (
+        (lambda channels, moments, places: 2 * moments * places * sum(channels) / 1e6, "Two halves"),
+        (lambda channels, moments, places: 4 * moments * places * channels[0] / 1e6, "sum them"),
+        (lambda channels, moments, places: 4 * sum(channels) / 1e6, "Every moment"),
+    ):
+        verdict = checks.book_megabytes(wrong)
+        assert not verdict and hint in verdict.message
 
 
 def scores(matrix, requests, k):
@@ -208,7 +206,7 @@ def test_gone_and_kept_agrees_with_the_metrics(tiny_master):
     metrics = sequence_metrics(matrix, requests, duge.model_card(tiny_master))
     assert checks.gone_and_kept(scores)
     for k in (1, 2):
-        assert scores(matrix, requests, k) == pytest.approx(metrics.loc[k, ["UA", "IRA"]].tolist())
+        assert scores(matrix, requests, k) == pytest.approx(metrics.loc[k, ["UA", "objects kept"]].tolist())
 
 
 @pytest.mark.parametrize(
@@ -228,3 +226,25 @@ def test_gone_and_kept_agrees_with_the_metrics(tiny_master):
 def test_a_wrong_gone_and_kept_gets_its_own_hint(wrong, hint):
     verdict = checks.gone_and_kept(wrong)
     assert not verdict and hint in verdict.message
+
+
+# The solutions that are folded under the exercises
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+FOLDED = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.S)
+
+
+def folded_solutions():
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for code in FOLDED.findall(cell.source):
+                name = re.search(r"def (\w+)\(", code)[1]
+                yield pytest.param(name, code, id=f"{path.stem[:2]}-{name}")
+
+
+@pytest.mark.parametrize(("name", "code"), folded_solutions())
+def test_a_folded_solution_passes_its_checker(name, code):
+    known = {"np": np, "pd": pd, "torch": torch, "math": math}
+    exec(code, known)
+    verdict = getattr(checks, name)(known[name])
+    assert verdict, verdict

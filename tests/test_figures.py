@@ -81,7 +81,7 @@ def test_image_grid_draws_every_picture_with_its_label():
     (frame,) = axes.patches
     left, right, bottom, top = axes.images[3].get_extent()
     assert frame.get_xy() == (left, top) and frame.get_width() == right - left
-    assert "A title: 2 rows of 3. before, after; a, b, c" in figure.alt and figure.png()
+    assert "A title: 2 rows of 3: before, after; a, b, c" in figure.alt and figure.png()
 
 
 def test_image_grid_without_pictures_teaches():
@@ -229,8 +229,9 @@ def test_losses_over_iterations_and_by_layer():
         [[0.5, 0.1, 0, 0.2, 0, 0.3], [0.7, 0.3, 0, 0.2, 0, 0.1]], columns=names, index=LAYERS
     )
     figure = figures.losses_by_layer(layers)
-    before, after = figure.axes[0].lines
+    before, _, after = figure.axes[0].lines
     assert before.get_xdata().tolist() == [0.5, 0.7] and after.get_xdata().tolist() == [0.1, 0.3]
+    assert after.get_marker() == "<" and figure.axes[1].lines[1].get_xdata().tolist() == [0.2, 0.2]
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["down 0.0", "mid"]
     assert "attention 0.6 to 0.2; prior 0 to 0.2" in figure.alt and figure.png()
 

@@ -78,17 +78,6 @@ def test_targets_of_maps_sum_to_one(maps, eta):
     assert target.min() >= 0  # of "clamped", the last
 
 
-@given(distributions(), st.floats(0, 5))
-def test_clamped_is_negative_wherever_negative_is_possible(maps, eta):
-    conditional, unconditional = maps
-    negative = attention_target(conditional, unconditional, "negative", eta)
-    clamped = attention_target(conditional, unconditional, "clamped", eta)
-    if negative.min() >= 0:
-        torch.testing.assert_close(clamped, negative)
-    else:
-        assert torch.all(clamped[negative < 0] == 0)
-
-
 # The cross-attention loss
 
 
@@ -101,21 +90,11 @@ def test_cross_attention_loss_by_hand():
     assert cross_attention_loss(maps, targets).item() == pytest.approx((4 + 2 / 3) / 2)
 
 
-def test_cross_attention_loss_weighs_layers_not_entries():
-    small, large = torch.ones(1), torch.ones(1000)
-    loss = cross_attention_loss([small, large], [small * 0, large], relative=False)
-    assert loss.item() == pytest.approx(0.5)
-
-
 @given(st.floats(1e-3, 1e3))
 def test_relative_loss_does_not_depend_on_the_unit(unit):
     maps, targets = [random64(2, 3)], [random64(2, 3, seed=1)]
     scaled = cross_attention_loss([maps[0] * unit], [targets[0] * unit])
     torch.testing.assert_close(scaled, cross_attention_loss(maps, targets))
-
-
-def test_relative_loss_of_a_silent_target_is_finite():
-    assert torch.isfinite(cross_attention_loss([torch.ones(3)], [torch.zeros(3)]))
 
 
 def test_cross_attention_loss_teaches():
@@ -148,10 +127,6 @@ THEN = {"a": tensor(0, 2), "b": tensor(1)}
 
 def test_regularization_by_hand():
     assert regularization_loss(NOW, THEN).item() == pytest.approx((1 + 0 + 4) / 3)
-
-
-def test_regularization_is_zero_only_at_the_anchor():
-    assert regularization_loss(NOW, NOW).item() == 0
 
 
 @given(st.integers(1, 5))
@@ -208,12 +183,6 @@ def test_gradient_of_several_layers():
     assert gradcheck(lambda *maps: cross_attention_loss(maps, targets), (a, b))
 
 
-def test_gradient_by_hand():
-    x = tensor(3.0, 1.0).requires_grad_()
-    cross_attention_loss([x], [tensor(1.0, 1.0)]).backward()  # mean square of the target is 1
-    torch.testing.assert_close(x.grad, tensor(2 * (3 - 1) / 2, 0))
-
-
 # Facts worth teaching
 
 
@@ -252,15 +221,6 @@ def test_matching_outputs_reaches_every_weight_of_the_layer(tiny_pipe):
         assert min(own_gradients(tiny_pipe.unet, layer, "outputs").values()) > 0
 
 
-def test_under_probs_the_last_layers_values_never_learn_but_the_firsts_do(tiny_pipe):
-    maps = list(recorded(tiny_pipe.unet).values())
-    loss = cross_attention_loss(maps, [torch.full_like(m, 0.1) for m in maps])
-    layers = list(cross_attention_layers(tiny_pipe.unet).values())
-    ends = [layers[0].to_v.weight, layers[-1].to_v.weight]
-    first, last = torch.autograd.grad(loss, ends, allow_unused=True)
-    assert last is None and first.norm() > 0
-
-
 def test_softmax_conserves_mass_so_what_a_word_loses_others_gain(tiny_pipe):
     before = {name: maps.detach() for name, maps in recorded(tiny_pipe.unet).items()}
     word = 3
@@ -275,11 +235,6 @@ def test_softmax_conserves_mass_so_what_a_word_loses_others_gain(tiny_pipe):
     gained = sum((after[n] - before[n])[..., others].sum(-1).mean().item() for n in before)
     assert lost > 1e-3
     assert gained == pytest.approx(lost, rel=1e-3)
-
-
-def test_map_entries_average_one_over_tokens(tiny_pipe):
-    for maps in recorded(tiny_pipe.unet).values():
-        assert maps.mean().item() == pytest.approx(1 / 24, rel=1e-5)
 
 
 def test_a_negative_target_leaves_the_unit_interval_and_cannot_be_reached():

@@ -14,11 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from launched import SETTINGS
+from launched import EXACT, MEMORY
 
 import duge_lite as duge
 from duge_lite import processes
-from duge_lite.unlearning import UnlearningRun
 
 pytestmark = pytest.mark.xdist_group("processes")  # two of them are as many as there are workers
 
@@ -50,7 +49,7 @@ def save_pipeline(pipe, folder: Path) -> Path:
 def together(tiny_master, tmp_path_factory) -> Path:
     """The folder in which two processes left what they found."""
     folder = save_pipeline(tiny_master, tmp_path_factory.mktemp("together"))
-    done = launch("work,files,errors", folder)
+    done = launch("work,files", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -64,15 +63,14 @@ def alone(tiny_master, tmp_path_factory) -> dict:
 # ---------------------------------------------------------------------------- one process
 
 
-def test_alone_nothing_is_set_up(tiny_pipe, tiny_memory, monkeypatch):
+def test_alone_nothing_is_set_up(tiny_pipe, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(processes, "PartialState", None)  # calling it would be an error
-    tensor, items = torch.ones(3), ["a", "b"]
+    items = ["a", "b"]
     assert processes.launched() is None and processes.is_main()
     assert processes.share(items) is items and processes.gathered(items) is items
-    assert processes.averaged(tensor) is tensor and processes.from_main(lambda: 7) == 7
-    processes.check_batches(batch_size=7)
-    duge.unlearn(tiny_pipe, "apple", SETTINGS, tiny_memory, progress=False)
+    assert processes.from_main(lambda: 7) == 7
+    duge.unlearn(tiny_pipe, "apple", EXACT, MEMORY, progress=False)
     assert not torch.distributed.is_initialized()
 
 
@@ -96,30 +94,11 @@ def test_the_parts_make_up_the_whole(monkeypatch, size, count):
     for index in range(count):
         monkeypatch.setattr(processes, "launched", lambda index=index: Launched(index, count))
         parts.append(processes.share(items))
-        assert processes.share(torch.arange(size)).tolist() == parts[-1]
     assert sum(parts, [])[:size] == items
     assert max(map(len, parts)) == -(-size // count)  # nobody does more than is needed
     assert not size or min(map(len, parts)) >= 1  # no pipeline is called with nothing
     if size % count == 0:
         assert {len(part) for part in parts} == {size // count}
-
-
-def test_a_batch_is_shared_equally_or_not_at_all(monkeypatch):
-    monkeypatch.setattr(processes, "launched", lambda: Launched(0, 4))
-    processes.check_batches(batch_size=8, memory_batch_size=4)
-    with pytest.raises(ValueError, match=r"^memory_batch_size = 6: expected a multiple of 4, the number of"):
-        processes.check_batches(batch_size=8, memory_batch_size=6)
-
-
-def test_an_interruption_of_several_is_not_kept(tiny_pipe, tiny_memory, monkeypatch):
-    """Each process is stopped somewhere else: one that goes on would wait for the others."""
-    monkeypatch.setattr("duge_lite.unlearning.launched", lambda: Launched(0, 2))
-
-    def stop(state) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        duge.unlearn(tiny_pipe, "apple", SETTINGS, tiny_memory, stop, progress=False)
 
 
 def test_each_process_has_a_device(monkeypatch):
@@ -131,24 +110,15 @@ def test_each_process_has_a_device(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", launched.RUNS)
-def test_two_processes_learn_what_one_learns(together, alone, name):
-    weights, history = alone[name]
-    base = launched.trained(duge.load_pipeline(together / "pipeline", "cpu", torch.float32))
-    moved = max((value - base[n]).abs().max().item() for n, value in weights.items() if n in base)
-    for theirs, their_history in (other[name] for other in found(together, "work")):
-        assert theirs.keys() == weights.keys()
-        for n, value in weights.items():
-            torch.testing.assert_close(theirs[n], value, rtol=0, atol=1e-5)
-        pd.testing.assert_frame_equal(their_history, history, rtol=1e-4, atol=1e-6)
-    assert name == "lora" or moved > 3e-4  # what was learned is larger than what may differ
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", launched.RUNS)
-def test_all_processes_come_to_the_same_weights(together, name):
-    (first, _), (second, _) = (theirs[name] for theirs in found(together, "work"))
-    assert all(torch.equal(value, second[n]) for n, value in first.items())
+def test_two_processes_solve_what_one_solves(together, alone):
+    (first, history), (second, _) = (theirs["solved"] for theirs in found(together, "work"))
+    solved, alone_history = alone["solved"]
+    base = launched.trained(launched.load(together))
+    assert max(float((v - base[n]).abs().max()) for n, v in solved.items()) > 1e-2
+    for n, value in solved.items():
+        assert torch.equal(first[n], second[n])
+        torch.testing.assert_close(first[n], value, rtol=0, atol=1e-5)
+    pd.testing.assert_frame_equal(history, alone_history, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -156,52 +126,23 @@ def test_two_processes_draw_what_one_draws(together, alone):
     for theirs in found(together, "work"):
         far = (theirs["latents"] - alone["latents"]).abs().max() / alone["latents"].std()
         assert far < 1e-5
-        for name in ("pictures", "one"):
-            assert theirs[name].shape == alone[name].shape
-            assert np.abs(theirs[name] - alone[name]).max() <= 1  # of 255: other batches, other rounding
+        assert np.abs(theirs["one"] - alone["one"]).max() <= 1  # of 255: other batches, other rounding
         pd.testing.assert_frame_equal(theirs["table"], alone["table"])
-
-
-@pytest.mark.slow
-def test_the_main_process_alone_shows_progress(together):
-    first, second = found(together, "work")
-    assert "forgetting apple" in first["bar"] and not second["bar"]
 
 
 @pytest.mark.slow
 def test_a_sequence_is_written_once_and_goes_on(together, tiny_pipe):
     first, second = found(together, "files")
-    assert first["written"] == ["sequence", "step_01_apple.part", "step_02_neon.part"]
-    assert not second["written"]
-    steps = [[n[2] for n in (rank[1], rank[2])] for rank in (first, second)]
-    assert steps == [[SETTINGS.iterations] * 2] * 2  # the second time apple was read, not learned
-    names = {p.name for p in (together / "sequence").iterdir()}
-    assert names == {"base.safetensors", "sequence.json", "step_01_apple", "step_02_neon"}
-    assert [rank["refused"] for rank in (first, second)] == [first["refused"]] * 2
-
-    run = UnlearningRun.load(together / "sequence" / "step_02_neon", tiny_pipe)  # as one process reads it
-    weights, history, _ = second[2]
-    assert all(torch.equal(value, weights[n]) for n, value in launched.trained(tiny_pipe).items())
-    assert run.history.loss.tolist() == pytest.approx(history.loss.loc[2].tolist())
-    run.restore()
-    again = duge.unlearn_sequence(tiny_pipe, ["apple", "neon"], SETTINGS, progress=False)
+    weights = [name for name in first["written"] if name.endswith("weights.safetensors")]
+    assert weights == [f"step_{step}.part/weights.safetensors" for step in ("01_apple", "02_neon", "01_neon")]
+    assert not second["written"] and first["left"] == second["left"] == ["step_01_neon"]
+    assert first["refused"] == second["refused"] and "exists already" in first["refused"]
+    assert "the gradient solver runs in one process" in first["gradient"] == second["gradient"]
+    how = dict(memory=MEMORY, progress=False)
+    again = duge.unlearn_sequence(tiny_pipe, ["apple", "neon"], EXACT, **how)
     for n, value in launched.trained(again.pipe).items():
-        torch.testing.assert_close(value, weights[n], rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_errors_are_the_same_in_all_processes(together):
-    first, second = found(together, "errors")
-    for name in ("batch_size", "memory_batch_size"):
-        for call in ("unlearn", "unlearn_sequence"):
-            expected = f"{name} = 3: expected a multiple of 2, the number of processes"
-            assert first[name, call] == second[name, call] == expected
-    assert first["diverged"] == second["diverged"] and "at iteration 2" in first["diverged"]
-    assert first["back"] and second["back"]
-    before, weights = first["fp16"]
-    assert all(torch.equal(value, second["fp16"][1][n]) for n, value in weights.items())
-    assert all(value.isfinite().all() for value in weights.values())
-    assert any(not torch.equal(value, before[n]) for n, value in weights.items())
+        assert torch.equal(first[2][n], second[2][n])
+        torch.testing.assert_close(first[2][n], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -226,11 +167,11 @@ sys.path.insert(0, r"{TESTS}")
 import launched
 torch.set_num_threads(1)
 pipe = duge.load_pipeline(r"{folder / "pipeline"}", "cpu")
-duge.sample(pipe, "a photo of an apple", steps=1)
-notebook_launcher(launched.main, ("learn", r"{folder}"), num_processes=2, use_port="{port}")
+duge.sample(pipe, "a photo of an apple", num_inference_steps=1)
+notebook_launcher(launched.main, ("work", r"{folder}"), num_processes=2, use_port="{port}")
 """
     done = start(sys.executable, "-c", program)
     assert done.returncode == 0, done.stderr[-4000:]
-    for theirs in found(folder, "learn"):
-        for n, value in alone["duge"][0].items():
-            torch.testing.assert_close(theirs["duge"][n], value, rtol=0, atol=1e-5)
+    for theirs in found(folder, "work"):
+        for n, value in alone["solved"][0].items():
+            torch.testing.assert_close(theirs["solved"][0][n], value, rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from conftest import EXACT, GRADIENT, MEMORY, changed, distance, weights, with_own_unet
+from conftest import EXACT, GRADIENT, MEMORY, changed, distance, quick_card, weights, with_own_unet
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -37,7 +37,7 @@ def footprint(pipe) -> list:
 @pytest.fixture
 def forget(tiny_pipe):
     def run(config=GRADIENT, what="apple", pipe=tiny_pipe, memory=MEMORY, on_step=None, **changes):
-        how = dict(on_step=on_step, progress=False)
+        how = dict(on_step=on_step, progress=False, card=quick_card(pipe))
         return duge.unlearn(pipe, what, dataclasses.replace(config, **changes), memory, **how)
 
     return run

@@ -101,6 +101,7 @@ def test_choosing_a_concept_forgets_it_and_undo_brings_it_back(studio, tiny_pipe
     assert equal(base, weights(tiny_pipe)) and studio.run is None and "as it was" in studio.message.value
 
 
+@pytest.mark.slow
 def test_two_undo_clicks_in_a_row_leave_every_studio_alive(studio, tiny_pipe):
     """The second click used to take a lock and never give it back: every studio of the kernel was dead."""
     base = weights(tiny_pipe)
@@ -115,6 +116,7 @@ def test_two_undo_clicks_in_a_row_leave_every_studio_alive(studio, tiny_pipe):
     assert equal(base, weights(tiny_pipe))
 
 
+@pytest.mark.slow
 def test_a_slider_solves_again_from_the_base(studio, tiny_pipe, monkeypatch):
     configs, own = [], widgets.unlearn
     monkeypatch.setattr(widgets, "unlearn", lambda pipe, c, how: configs.append(how) or own(pipe, c, how))
@@ -139,6 +141,7 @@ def test_a_slider_solves_again_from_the_base(studio, tiny_pipe, monkeypatch):
     assert equal(base, weights(tiny_pipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["unlearn", "studio_figures"])
 @pytest.mark.parametrize(
     "error", [RuntimeError("the disk is <b>on fire</b>"), KeyboardInterrupt(), SystemExit()]
@@ -246,6 +249,7 @@ def drawn(tiny_master) -> Timeline:
     return Timeline(REQUESTS, names, pictures, table(), metrics)
 
 
+@pytest.mark.slow
 def test_every_model_draws_the_same_seeds(sequence):
     card, last = duge.model_card(sequence.pipe), weights(sequence.pipe)
     app = widgets.erosion_timeline(sequence, table(), ["orange", "neon"], seeds=(4, 9))
