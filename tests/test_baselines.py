@@ -88,8 +88,10 @@ def test_esd_asks_a_model_of_velocities_for_the_same_noise():
     torch.testing.assert_close(noise(asked), noise(other) - eta * (noise(concept) - noise(other)))
 
 
-def answers(pipe, prompt: str) -> torch.Tensor:
-    states = encode_prompts(pipe, [prompt])[0]
+def answers(pipe, prompt: str, last: bool) -> torch.Tensor:
+    """What the values say of all tokens of ``prompt``, or of its last one."""
+    end = sum(pipe.tokenizer(prompt).attention_mask) - 2
+    states = encode_prompts(pipe, [prompt])[0][end : end + 1] if last else encode_prompts(pipe, [prompt])[0]
     values = [p for n, p in pipe.unet.named_parameters() if n.endswith("attn2.to_v.weight")]
     return torch.cat([states @ p.detach().T for p in values], dim=1)
 
@@ -102,9 +104,9 @@ def test_uce_moves_the_concept_to_the_anchor_and_keeps_the_rest(tiny_pipe, style
     texts = [goes, anchor, stays]
     if styled:
         texts = [card.concept(goes).prompts[0], *[card.prompts(t)[0] for t in (anchor or "photo", stays)]]
-    was = [answers(tiny_pipe, text) for text in texts]
+    was = [answers(tiny_pipe, text, not styled) for text in texts]
     run = baselines.uce(tiny_pipe, goes, anchor, ridge=1e-3, styled=styled)
-    now = [answers(tiny_pipe, text) for text in texts]
+    now = [answers(tiny_pipe, text, not styled) for text in texts]
     moved = [float((n - w).norm() / w.norm()) for n, w in zip(now, was, strict=True)]
     assert moved[0] > 3 * moved[2] and (run.concept, run.objective) == (goes, "UCE")
     assert changed(tiny_pipe, before) == set(run.before)

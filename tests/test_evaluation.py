@@ -122,7 +122,9 @@ def test_below_its_threshold_a_judge_says_something_else(strict):
 
 
 def test_what_is_nothing_counts_as_gone_and_as_lost(tiny_pipe, strict):
-    table = duge.evaluate(tiny_pipe, ["apple"], images=3, steps=1, judge=Oracle(["apple", OTHER, OTHER]))
+    table = duge.evaluate(
+        tiny_pipe, ["apple"], images=3, num_inference_steps=1, judge=Oracle(["apple", OTHER, OTHER])
+    )
     assert table.accuracy["apple"] == pytest.approx(1 / 3) and table.mostly["apple"] == OTHER
 
 
@@ -171,8 +173,8 @@ def test_what_the_judge_has_no_label_for_cannot_be_counted(tiny_pipe, tiny_judge
     poor = dataclasses.replace(card, labels={c: v for c, v in card.labels.items() if c != "harp"})
     monkeypatch.setattr(evaluation, "model_card", lambda pipe: poor)
     with pytest.raises(ValueError, match="the judge doodle has no label for 'harp': it cannot be counted"):
-        duge.evaluate(tiny_pipe, ["harp"], images=1, steps=1, judge=tiny_judge)
-    table = duge.evaluate(tiny_pipe, images=1, steps=1, judge=tiny_judge)
+        duge.evaluate(tiny_pipe, ["harp"], images=1, num_inference_steps=1, judge=tiny_judge)
+    table = duge.evaluate(tiny_pipe, images=1, num_inference_steps=1, judge=tiny_judge)
     assert "harp" not in table.index and len(table) == 19
 
 
@@ -217,7 +219,7 @@ def test_a_broken_judge_teaches(tiny_judge, tmp_path):
 
 
 def test_evaluate_returns_what_it_documents(tiny_pipe, tiny_judge):
-    table = duge.evaluate(tiny_pipe, ["harp", "apple"], images=3, judge=tiny_judge, steps=2)
+    table = duge.evaluate(tiny_pipe, ["harp", "apple"], images=3, judge=tiny_judge, num_inference_steps=2)
     assert list(table.columns) == COLUMNS
     assert list(table.index) == ["harp", "apple"] and table.index.name == "concept"
     assert (table.images == 3).all() and set(table.mostly) <= set(OBJECTS)
@@ -241,20 +243,20 @@ class Oracle:
 
 def test_evaluate_counts_by_hand(tiny_pipe):
     judge = Oracle(["apple", "apple", "orange", "apple", "car", "car", "harp", "apple"])
-    table = duge.evaluate(tiny_pipe, ["apple", "harp"], images=4, judge=judge, steps=1)
+    table = duge.evaluate(tiny_pipe, ["apple", "harp"], images=4, judge=judge, num_inference_steps=1)
     assert table.accuracy.tolist() == [0.75, 0.25]
     assert table.mostly.tolist() == ["apple", "car"]
 
 
 def test_evaluate_takes_all_concepts_by_default(tiny_pipe):
-    table = duge.evaluate(tiny_pipe, images=1, judge=Oracle(list(OBJECTS)), steps=1)
+    table = duge.evaluate(tiny_pipe, images=1, judge=Oracle(list(OBJECTS)), num_inference_steps=1)
     assert list(table.index) == list(OBJECTS) and (table.accuracy == 1).all()
 
 
 def test_a_style_is_drawn_with_the_objects_in_turn_and_named_among_styles(tiny_pipe, monkeypatch):
     asked, among_what = [], {}
 
-    def spy(pipe, prompts, **how):
+    def spy(pipe, prompts, *how, **more):
         asked.extend(prompts)
         return [Image.new("RGB", (64, 64))] * len(prompts)
 
@@ -272,7 +274,7 @@ def test_a_style_is_drawn_with_the_objects_in_turn_and_named_among_styles(tiny_p
 
 
 def test_same_seeds_same_numbers(tiny_pipe, tiny_judge):
-    arguments = dict(concepts=["harp", "apple"], images=2, judge=tiny_judge, steps=2)
+    arguments = dict(concepts=["harp", "apple"], images=2, judge=tiny_judge, num_inference_steps=2)
     torch.manual_seed(1)
     once = duge.evaluate(tiny_pipe, **arguments)
     torch.manual_seed(2)
@@ -292,7 +294,7 @@ def test_picture_i_is_the_same_whatever_else_is_asked(tiny_pipe):
     calls = []
     for concepts, images in ((["apple"], 2), (["harp", "car", "apple"], 2), (["apple"], 4)):
         calls.append(collector := Collector())
-        duge.evaluate(tiny_pipe, concepts, images=images, judge=collector, steps=2)
+        duge.evaluate(tiny_pipe, concepts, images=images, judge=collector, num_inference_steps=2)
     alone, last_of_three, first_of_four = (c.images for c in calls)
     for i in range(2):
         assert np.abs(alone[i] - last_of_three[4 + i]).max() <= 1  # of 255: batches may round
@@ -303,8 +305,8 @@ def test_picture_i_is_the_same_whatever_else_is_asked(tiny_pipe):
 def test_settings_reach_the_sampler(tiny_pipe, tiny_judge, monkeypatch):
     seen = {}
 
-    def spy(pipe, prompts, **settings):
-        seen.update(settings, prompts=prompts)
+    def spy(pipe, prompts, seed, num_inference_steps, guidance_scale, **settings):
+        seen.update(prompts=prompts, seed=seed, steps=num_inference_steps, guidance_scale=guidance_scale)
         return pictures(len(prompts))
 
     monkeypatch.setattr(duge.evaluation, "sample", spy)
@@ -314,7 +316,7 @@ def test_settings_reach_the_sampler(tiny_pipe, tiny_judge, monkeypatch):
         images=2,
         style="sketch",
         judge=tiny_judge,
-        steps=7,
+        num_inference_steps=7,
         guidance_scale=2.5,
         seed=40,
     )
@@ -402,14 +404,14 @@ def test_the_judge_finds_both_of_two(judge):
 def test_unlearning_accuracy_alone_rewards_noise(judge, tiny_pipe):
     """A model that never learned anything has "forgotten" nearly everything."""
     concepts = list(OBJECTS)
-    table = duge.evaluate(tiny_pipe, concepts, images=2, judge=judge, steps=2)
+    table = duge.evaluate(tiny_pipe, concepts, images=2, judge=judge, num_inference_steps=2)
     assert 1 - table.accuracy.mean() >= 0.9
 
 
 @pytest.mark.slow
 def test_the_shipped_model_draws_what_it_is_asked_for(doodle_master, judge):
     concepts = ["apple", "orange", "umbrella", "car"]
-    table = duge.evaluate(doodle_master, concepts, images=4, judge=judge, steps=10)
+    table = duge.evaluate(doodle_master, concepts, images=4, judge=judge, num_inference_steps=10)
     assert table.accuracy.mean() >= 0.9
 
 

@@ -143,7 +143,7 @@ def test_errors_teach_before_anything_is_done(tiny_pipe):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": replace(EXACT, eta=0.5)}, r"another eta \(0.0, now 0.5\)"),
+        ({"config": replace(EXACT, eta=0.5)}, r"another eta \(1.0, now 0.5\)"),
         ({"config": replace(EXACT, instead="house")}, "another instead"),
         ({"memory": MEMORY[:3]}, "another memory"),
         ({"concepts": ["apple"]}, "holds another sequence: step_01_car instead of step_01_apple"),
@@ -303,8 +303,8 @@ def test_the_matrix_has_a_row_for_every_model_and_drift_tells_how_far_it_went(ti
     assert list(sequence.metrics(matrix).request) == ["apple", "neon"]
     drift = sequence.drift()
     assert set(drift.index.get_level_values("kind")) == {"to_q", "to_k", "to_v", "to_out"}
-    names = [n for n in sequence.base if n.endswith("to_v.weight")]
+    names = [n for n in sequence.base if n.endswith("to_out.0.weight")]
     base, now = (torch.cat([w[n].flatten() for n in names]) for w in (sequence.base, sequence.weights(2)))
     expected = float((now - base).norm() / base.norm())
-    assert drift.loc[(2, "to_v"), "from base"] == pytest.approx(expected, rel=1e-5)
+    assert drift.loc[(2, "to_out"), "from base"] == pytest.approx(expected, rel=1e-5)
     assert drift.loc[1, "from base"].tolist() == drift.loc[1, "this request"].tolist()
