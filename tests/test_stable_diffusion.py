@@ -132,9 +132,7 @@ def run(number: str, hub: Path, small: bool = True):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", pytest.param("full", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize(
-    "number", ["00", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("01", "02", "03", "04", "05"))]
-)
+@pytest.mark.parametrize("number", ["00", "01", "02", "03", "04", "05"])
 def test_a_notebook_runs_to_its_end(number, size, hub):
     notebook = run(number, hub, size == "small")
     assert "error" not in notebook.metadata, notebook.metadata.error
@@ -146,6 +144,5 @@ def test_a_notebook_runs_to_its_end(number, size, hub):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_the_notebook_of_the_oracle_says_why_it_stops(hub):
     assert run("06", hub).metadata.error == ("ModelNotFoundError", NO_ORACLE)
