@@ -107,6 +107,7 @@ class UnlearnConfig:
             raise ValueError(f"measure_every = {self.measure_every!r}: expected 0 (never) or a whole number")
         choices = {
             "solver": SOLVERS,
+            "solve": ("output", "values"),
             "target": TARGET_KINDS,
             "match": ("output", "probs"),
             "train": TRAINABLE,

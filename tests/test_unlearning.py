@@ -54,6 +54,7 @@ def look(pipe, prompt="a photo of an apple") -> torch.Tensor:
     ("name", "value", "message"),
     [
         ("solver", "magic", "solver = 'magic': choose one of exact, gradient"),
+        ("solve", "outptu", "solve = 'outptu': choose one of output, values"),
         ("iterations", 1.5, "iterations = 1.5: expected a whole number, at least 1"),
         ("batch_size", -1, "batch_size = -1"),
         ("memory_size", 0, "memory_size = 0"),
