@@ -319,15 +319,13 @@ def overwrite(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch
 
 
 @contextmanager
-def swapped(
-    parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor] | None
-) -> Iterator[None]:
-    """Lets the model have other weights for a moment; None for its own."""
+def swapped(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Lets the model have other weights for a moment."""
     own = {name: p.data for name, p in parameters.items()}
     torch.clear_autocast_cache()  # a caller's: see overwrite()
     try:
         for name, p in parameters.items():
-            p.data = p.data if values is None else values[name].to(p)
+            p.data = values[name].to(p)
         yield
     finally:
         for name, p in parameters.items():

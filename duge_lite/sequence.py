@@ -32,7 +32,7 @@ from .gradient import DUGE, Objective, UnlearnState
 from .models import overwrite
 from .processes import from_main, is_main
 from .solver import PictureBook, cross_attention_weights, fingerprint
-from .unlearning import UnlearningRun, check_arguments, resolve, sync, unlearn
+from .unlearning import UnlearningRun, check_arguments, resolve, sync, undone_by_errors, unlearn
 
 
 class Saved(Mapping):
@@ -196,11 +196,8 @@ class UnlearningSequence:
                 run.restore()
                 raise KeyboardInterrupt(f"stopped in request {k} ({concept.name}), which is taken back")
             if step is not None:
-                try:
+                with undone_by_errors(dict(self.pipe.unet.named_parameters()), run.before):
                     run.save(step)
-                except BaseException:
-                    run.restore()
-                    raise
         self.append(run, step)
         return run
 
@@ -217,11 +214,11 @@ class UnlearningSequence:
         later = [run.concepts[0] for run in self.runs[k + 1 :]]
         self.pipeline(at=k)
         for step in reversed(range(k, len(self.runs))):  # the last first: what is left is a sequence, always
-            if self.directory is not None:
-                if is_main():
-                    folder = self._folders(step + 1)[0]
-                    os.replace(folder, folder.with_name(folder.name + ".part"))
-                    shutil.rmtree(folder.with_name(folder.name + ".part"))
+            if self.directory is not None and is_main():
+                folder = self._folders(step + 1)[0]
+                draft = folder.with_name(folder.name + ".part")
+                os.replace(folder, draft)
+                shutil.rmtree(draft)
         del self.runs[k:], self._after[k:]
         for after in later:
             self.request(after)

@@ -28,8 +28,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -155,13 +155,8 @@ class PictureBook:
         config: UnlearnConfig,
         memory: Sequence[str] | None = None,
     ) -> None:
-        self.card = card
-        self.memory = tuple(
-            card.memory_prompts(config.memory_size, config.seed) if memory is None else memory
-        )
-        if not self.memory or not all(isinstance(p, str) for p in self.memory):
-            raise ValueError(f"memory = {memory!r}: expected prompts of what is to stay, at least one")
-        self.steps, self.places, self.seed = config.num_inference_steps, config.places, config.seed
+        self.card, self.settings = card, _settings(card, config, memory)
+        _, self.memory, self.steps, self.places, self.seed = self.settings
         self.layers = cross_attention_layers(pipe.unet)
         weights = cross_attention_weights(pipe.unet)
         self.reference = {name: p.detach().cpu().clone() for name, p in weights.items()}
@@ -184,12 +179,12 @@ class PictureBook:
 
         A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
         """
-        old = cls.known(pipe)
+        old, settings = cls.known(pipe), _settings(card, config, memory)
+        if old is not None and (old.settings, old.card) == (settings, card):
+            return old
         with old.at_base(pipe) if old else nullcontext():
             new = cls(pipe, card, config, memory)
         if old is not None:
-            if old._settings() == new._settings() and old.card == card:
-                return old
             new.gone_at = old.gone_at
         if directory is not None:
             new._read(directory)
@@ -202,19 +197,13 @@ class PictureBook:
         book = _BOOKS.get(pipe.unet)
         return book if book is not None and fingerprint(pipe) in book.gone_at else None
 
-    def _settings(self) -> tuple:
-        about_card = (self.card.name, self.card.guidance_scale)
-        return (about_card, self.memory, self.steps, self.places, self.seed)
-
     def gone(self, pipe: DiffusionPipeline) -> tuple[Concept, ...]:
         """What the pipeline has forgotten by now, by the weights that it has."""
         return self.gone_at[fingerprint(pipe)]
 
-    @contextmanager
-    def at_base(self, pipe: DiffusionPipeline) -> Iterator[None]:
+    def at_base(self, pipe: DiffusionPipeline) -> AbstractContextManager[None]:
         """The pipeline as it was before anything went."""
-        with swapped(cross_attention_weights(pipe.unet), self.reference):
-            yield
+        return swapped(cross_attention_weights(pipe.unet), self.reference)
 
     def pictures(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Pictures:
         """What the reference draws for ``prompts``; each is drawn once."""
@@ -383,7 +372,7 @@ class PictureBook:
         from_main(lambda: self._write(directory))
 
     def _write(self, directory: Path) -> None:
-        path, about = directory / "book.safetensors", {"base": self.base, "settings": repr(self._settings())}
+        path, about = directory / "book.safetensors", {"base": self.base, "settings": repr(self.settings)}
         about["prompts"] = json.dumps(list(self.seen))
         if path.exists() and _about(path) == about:
             return
@@ -393,10 +382,7 @@ class PictureBook:
         try:
             save_file(tensors, draft, metadata=about)
             os.replace(draft, path)
-        except (
-            SafetensorError,
-            OSError,
-        ) as error:  # a full disk: safetensors has its own kind of error for it
+        except (SafetensorError, OSError) as error:  # a full disk: safetensors has its own kind
             draft.unlink(missing_ok=True)
             size = sum(x.nbytes for x in tensors.values()) / 1e6
             raise OSError(f"could not write {path} ({error}): it needs {size:.1f} MB of free disk") from error
@@ -405,11 +391,20 @@ class PictureBook:
         """Takes what is on disk, if it was drawn by this model with these settings; else it is drawn anew."""
         path = directory / "book.safetensors"
         about = _about(path) if path.exists() else None
-        if about is None or (about.get("base"), about.get("settings")) != (self.base, repr(self._settings())):
+        if about is None or (about.get("base"), about.get("settings")) != (self.base, repr(self.settings)):
             return
         with safe_open(path, "pt") as file:
             for i, prompt in enumerate(json.loads(about["prompts"])):
                 self.seen[prompt] = {name: file.get_tensor(f"{i} {name}") for name in self.layers}
+
+
+def _settings(card: ModelCard, config: UnlearnConfig, memory: Sequence[str] | None) -> tuple:
+    """What makes one book differ from another of the same model. ValueError for an unfit ``memory``."""
+    prompts = tuple(card.memory_prompts(config.memory_size, config.seed) if memory is None else memory)
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"memory = {memory!r}: expected prompts of what is to stay, at least one")
+    about_card = (card.name, card.guidance_scale)
+    return about_card, prompts, config.num_inference_steps, config.places, config.seed
 
 
 def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str, float]:
