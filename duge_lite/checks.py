@@ -77,6 +77,109 @@ def retention(function: Callable) -> Verdict:
     return examine(function, cases, "what is forgotten on purpose does not count as damage.")
 
 
+def add_noise(function: Callable) -> Verdict:
+    """Notebook 01: ``add_noise(clean, noise, alpha)``, a noisy picture from its two parts."""
+    clean, noise = np.array([1.0, -1.0]), np.array([0.5, 2.0])
+    cases = [
+        Case((clean, noise, 1.0), clean, "At alpha 1 there is only picture."),
+        Case((clean, noise, 0.0), noise, "At alpha 0 there is only noise: it gets the root of 1 - alpha."),
+        Case((clean, noise, 0.64), 0.8 * clean + 0.6 * noise, "Take the square roots: 0.8 and 0.6 here."),
+    ]
+    return examine(function, cases, "one dial, from picture to noise.")
+
+
+def clean_guess(function: Callable) -> Verdict:
+    """Notebook 01: ``clean_guess(noisy, noise, alpha)``, the picture that is left without the noise."""
+    clean, noise = np.array([1.0, -1.0]), np.array([0.5, 2.0])
+    cases = [
+        Case((clean, noise, 1.0), clean, "At alpha 1 there is no noise to take away."),
+        Case(
+            (0.8 * clean + 0.6 * noise, noise, 0.64),
+            clean,
+            "Take away the noise that was mixed in, its root of 1 - alpha; divide by the root of alpha.",
+        ),
+    ]
+    return examine(function, cases, "whoever knows the noise knows the picture.")
+
+
+def ddim_step(function: Callable) -> Verdict:
+    """Notebook 01: ``ddim_step(noisy, noise, alpha, alpha_next)``, one step of drawing."""
+    clean, noise = np.array([1.0, -1.0]), np.array([0.5, 2.0])
+    noisy = 0.6 * clean + 0.8 * noise
+    cases = [
+        Case((noisy, noise, 0.36, 1.0), clean, "At alpha_next = 1 the step ends at the guessed picture."),
+        Case((noisy, noise, 0.36, 0.36), noisy, "A step to where one is changes nothing."),
+        Case(
+            (noisy, noise, 0.36, 0.64),
+            0.8 * clean + 0.6 * noise,
+            "Guess the clean picture with alpha, then mix it with the same noise at alpha_next.",
+        ),
+    ]
+    return examine(function, cases, "small steps, each with a new look: that is all of sampling.")
+
+
+def sampling_loop(function: Callable) -> Verdict:
+    """Notebook 01: ``draw(ask, noise, alphas)``, from noise to a picture."""
+    wish, noise = np.array([0.5, -1.0]), np.array([2.0, 1.0])
+    asked: list[int] = []
+
+    def ask(x: np.ndarray, i: int, alphas: Sequence[float]) -> np.ndarray:  # it knows one picture only
+        asked.append(i)
+        return (x - np.sqrt(alphas[i]) * wish) / np.sqrt(1 - alphas[i])
+
+    def drawn(alphas: Sequence[float], ask: Callable = ask) -> np.ndarray:
+        asked.clear()
+        picture = function(lambda x, i: ask(x, i, alphas), noise.copy(), alphas)
+        return picture if picture is None or picture is Ellipsis else np.append(picture, asked)
+
+    def doubtful(x: np.ndarray, i: int, alphas: Sequence[float]) -> np.ndarray:
+        asked.append(i)
+        return 0.5 * x
+
+    cases = [
+        Case(([0.36, 1.0],), np.append(wish, [0]), "With two alphas there is one step: ask once, at i = 0."),
+        Case(
+            ([0.04, 0.36, 0.64, 1.0],),
+            np.append(wish, [0, 1, 2]),
+            "With four alphas there are three steps, and each asks anew: at i = 0, 1 and 2.",
+        ),
+        Case(
+            ([0.36, 0.64, 1.0], doubtful),
+            np.append(0.9625 * noise, [0, 1]),
+            "In each step use what was named in this step, and the picture as it is by now.",
+        ),
+    ]
+    return examine(drawn, cases, "that is a sampler. Stable Diffusion's does nothing else.")
+
+
+def guided(function: Callable) -> Verdict:
+    """Notebook 01: ``guided(empty, prompted, scale)``, classifier-free guidance."""
+    empty, prompted = np.array([1.0, 2.0]), np.array([2.0, 0.0])
+    cases = [
+        Case(
+            (empty, prompted, 1.0), prompted, "At scale 1 it is what the prompt says, neither more nor less."
+        ),
+        Case((empty, prompted, 0.0), empty, "At scale 0 the prompt is not heard."),
+        Case((empty, prompted, 3.0), [4.0, -4.0], "Begin at `empty`; go 3 times the way to `prompted`."),
+    ]
+    return examine(function, cases, "what the prompt adds, exaggerated.")
+
+
+def average_noise(function: Callable) -> Verdict:
+    """Notebook 01: ``average_noise(noises)``, the mean of independent noises, as strong as one of them."""
+
+    def strength(count: int) -> list[float] | None:
+        got = function(list(np.eye(count)))  # as independent as noises can be: at right angles
+        return got if got is None or got is Ellipsis else [float(np.square(got).sum()), np.ptp(got)]
+
+    cases = [
+        Case((1,), [1.0, 0.0], "The average of one noise is that noise."),
+        Case((4,), [1.0, 0.0], "Of 4 noises the sum has the squared strength 4, the plain mean 1/4: hit 1."),
+        Case((9,), [1.0, 0.0], "Of 9 noises the sum has the strength 3."),
+    ]
+    return examine(strength, cases, "noise of the right strength is noise that the denoiser knows.")
+
+
 def attention_weights(function: Callable) -> Verdict:
     """Notebook 01: ``attention_weights(query, keys)``, the softmax of the scaled dot products."""
     keys = np.array([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])

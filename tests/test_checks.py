@@ -26,6 +26,12 @@ CHECKERS = [
     checks.recovery_time,
     checks.beats,
     checks.book_megabytes,
+    checks.add_noise,
+    checks.clean_guess,
+    checks.ddim_step,
+    checks.sampling_loop,
+    checks.guided,
+    checks.average_noise,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
