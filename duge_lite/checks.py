@@ -240,6 +240,46 @@ def cross_attention_loss(function: Callable) -> Verdict:
     return examine(function, cases, praise) and examine(_gradient(function), [slope], praise)
 
 
+def write_loss(function: Callable) -> Verdict:
+    """Notebook 04: ``write_loss(matrix, f, wanted)``, how far a layer is from what it ought to write."""
+    matrix, f = np.array([[2.0, 0.0], [1.0, 1.0]]), np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    written = np.array([[2.0, 1.0], [0.0, 2.0], [2.0, 2.0]])
+    off = written + np.array([[3.0, 0.0], [0.0, 0.0], [0.0, -3.0]])
+    cases = [
+        Case(
+            (matrix, f, written),
+            0.0,
+            "At each place the layer writes `matrix @ f`; with f in rows: f @ matrix.T.",
+        ),
+        Case((matrix, f, off), 3.0, "Two of six numbers are off by 3: the squares sum to 18, the mean is 3."),
+    ]
+    return examine(function, cases, "the first wish and the second, at other places and with other aims.")
+
+
+def ridge(function: Callable) -> Verdict:
+    """Notebook 04: ``ridge(f, wanted, start, r)``, the lowest point of fitting and staying close."""
+    rng = np.random.default_rng(0)
+    start, f, wanted = (rng.standard_normal(shape) for shape in ((2, 3), (12, 3), (12, 2)))
+    fits = f @ np.array([[1.0, 0.0], [2.0, -1.0], [0.0, 0.5]])  # a matrix can write exactly this
+    left = f.T @ f / 12 + 0.5 * np.eye(3)
+    best = np.linalg.solve(left, (wanted.T @ f / 12 + 0.5 * start).T).T
+    cases = [
+        Case(
+            (f, f @ start.T, start, 0.3), start, "If it already writes what is wanted, nothing has to change."
+        ),
+        Case(
+            (f, fits, start, 0.0), [[1.0, 2.0, 0.0], [0.0, -1.0, 0.5]], "Without r it is plain least squares."
+        ),
+        Case(
+            (f, wanted, start, 1e6),
+            start,
+            "With a huge r the answer stays at `start`: r * start on the right.",
+        ),
+        Case((f, wanted, start, 0.5), best, "Both sums are *means* over the places: divide them by len(f)."),
+    ]
+    return examine(function, cases, "that line is what `duge.unlearn` does in every layer.", tolerance=1e-3)
+
+
 def regularization_loss(function: Callable) -> Verdict:
     """Notebook 02: ``regularization_loss(parameters, anchor)``, from two dicts of tensors."""
 

@@ -554,6 +554,20 @@ def drift_over_requests(drifts: Mapping[str, pd.DataFrame], title: str = "How fa
     return _said(figure, title, (f"{name}, at the end: {end}" for name, end in ends.items()))
 
 
+def bowl(far: np.ndarray, losses: np.ndarray, title: str) -> Plot:
+    """The loss along ways through a solution: ``far`` (n,) to either side, ``losses`` (ways, n)."""
+    figure, axes = _plot(5.6, 3.0, title=title, caption=f"{len(losses)} random directions, both ways")
+    one = axes[0, 0]
+    one.plot(far, losses.T, color=KEPT, lw=0.8, alpha=0.6)
+    one.plot(0, losses[:, len(far) // 2].mean(), "o", color=LOST, ms=8)
+    one.annotate(
+        "the solution", (0, losses.min()), (0, -14), textcoords="offset points", ha="center", fontsize=8
+    )
+    one.margins(y=0.2)
+    _tidy(one, "", "how far from the solution", "the sum of the losses")
+    return _said(figure, title, [f"from {losses.min():.3g} up to {losses.max():.3g}"])
+
+
 # ---- judged
 
 

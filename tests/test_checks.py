@@ -32,6 +32,8 @@ CHECKERS = [
     checks.sampling_loop,
     checks.guided,
     checks.average_noise,
+    checks.write_loss,
+    checks.ridge,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
