@@ -272,22 +272,19 @@ class AttentionTrace:
         chosen = list(range(count)[index]) if isinstance(index, slice) else [index]
         if not chosen or not all(-count <= i < count for i in chosen):
             raise IndexError(f"step {index} of a trace with {count} steps: choose from 0 to {count - 1}")
-        maps = {name: maps[chosen] for name, maps in self.maps.items()}
-        times, seen = (
-            tuple(part[i] for i in chosen) if part else () for part in (self.timesteps, self.previews)
+        return replace(
+            self,
+            maps={name: maps[chosen] for name, maps in self.maps.items()},
+            timesteps=tuple(self.timesteps[i] for i in chosen),
+            previews=tuple(self.previews[i] for i in chosen) if self.previews else (),
         )
-        return replace(self, maps=maps, timesteps=times, previews=seen)
 
     def head(self, index: int) -> AttentionTrace:
         """Only one head of every layer, of a trace that was made with ``heads=True``."""
         fewest = min(v.shape[1] for v in self.maps.values())
         if not 0 <= index < fewest:
-            every = (
-                f"choose from 0 to {fewest - 1}, which every layer has"
-                if fewest > 1
-                else ("this trace holds the mean over heads: make it with trace(..., heads=True)")
-            )
-            raise IndexError(f"head {index}: {every}")
+            known = f"choose from 0 to {fewest - 1}; trace(..., heads=True) keeps heads apart"
+            raise IndexError(f"head {index}: {known}")
         return replace(self, maps={k: v[:, index : index + 1] for k, v in self.maps.items()})
 
     def positions(self, word: str, occurrence: int | None = None) -> list[int]:

@@ -42,18 +42,22 @@ def compare(
     return HTML(viewer_html((before, after), labels))
 
 
+def image_html(picture: bytes | Image.Image, alt: str, style: str = "max-width: 100%") -> str:
+    """A picture that carries its alternative text, which notebooks leave out of what a cell displays."""
+    return f'<img src="{_uri(picture)}" alt="{html.escape(alt)}" style="{style}">'
+
+
 def slides(pictures: Sequence[bytes], labels: Sequence[str], title: str = "") -> str:
     """HTML of pictures (PNG bytes) under a slider, each with a label that says in words what it shows.
 
     The kernel is not needed: it works in an exported notebook; without scripts the first picture remains.
     """
-    title, labels = html.escape(title), [html.escape(label) for label in labels]
+    shown = ["block", *["none"] * (len(labels) - 1)]
     images = "".join(
-        f'<img src="{_uri(picture)}" alt="{label}" style="max-width: 100%; display: {display}">'
-        for picture, label, display in zip(
-            pictures, labels, ["block", *["none"] * (len(labels) - 1)], strict=True
-        )
+        image_html(picture, label, f"max-width: 100%; display: {display}")
+        for picture, label, display in zip(pictures, labels, shown, strict=True)
     )
+    title, first = html.escape(title), html.escape(labels[0])
     act = (
         "const box = this.closest('[data-duge-slides]'), all = box.querySelectorAll('img');"
         "all.forEach((image, i) => { image.style.display = i == this.value ? 'block' : 'none'; });"
@@ -63,8 +67,8 @@ def slides(pictures: Sequence[bytes], labels: Sequence[str], title: str = "") ->
     return (
         f"<div data-duge-slides {OURS}><p><b>{title}</b></p>"
         f'<input type="range" min="0" max="{len(labels) - 1}" value="0" style="width: min(28em, 90%)" '
-        f'aria-label="{title or "picture"}" aria-valuetext="{labels[0]}" oninput="{act}">'
-        f"<div><output>{labels[0]}</output></div>{images}</div>"
+        f'aria-label="{title or "picture"}" aria-valuetext="{first}" oninput="{act}">'
+        f"<div><output>{first}</output></div>{images}</div>"
     )
 
 
@@ -178,8 +182,7 @@ def viewer_html(traces: Sequence[AttentionTrace], labels: Sequence[str] = ("",))
         "colors": "".join(f"{round(255 * c):02x}" for color in table for c in color),
     }
     pictures = "".join(
-        f'<img src="{_uri(t.image.convert("RGB"))}" width="256" style="margin-right: 8px" '
-        f'alt="{html.escape(f"{label} picture drawn from: {t.prompt}".strip())}">'
+        image_html(t.image.convert("RGB"), f"{label} picture drawn from: {t.prompt}".strip(), "width: 256px")
         for t, label in zip(traces, labels, strict=True)
     )
     ident = hashlib.sha256((json.dumps(data) + pictures).encode()).hexdigest()[:16]

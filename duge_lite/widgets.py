@@ -16,6 +16,7 @@ import ipywidgets as widgets
 import pandas as pd
 from diffusers import DiffusionPipeline
 from IPython.core.formatters import format_display_data
+from IPython.display import HTML
 from PIL import Image
 
 from . import figures
@@ -26,7 +27,7 @@ from .evaluation import Judge
 from .models import sample
 from .sequence import UnlearningSequence
 from .unlearning import UnlearningRun, unlearn
-from .viewer import slides
+from .viewer import image_html, slides
 
 
 class App(widgets.VBox):
@@ -181,14 +182,15 @@ def unlearning_studio(
             app.run.restore()
             app.run = None
 
-    def show(concept: str, **weights: float) -> tuple[str, figures.Plot | None]:
+    def show(concept: str, **weights: float) -> tuple[str, HTML | None]:
         restore()
         if concept == NOTHING:
             return "Nothing is forgotten: the model is as it was.", None
         names, before = base(concept)
         try:
             app.run = unlearn(pipe, concept, replace(config, **weights))
-            return studio_figure(names, [before, draw_around(pipe, concept, seed)[1]], judge, card)
+            text, grid = studio_figure(names, [before, draw_around(pipe, concept, seed)[1]], judge, card)
+            return text, HTML(image_html(grid.png(), grid.alt))
         except BaseException:  # an interruption too: the model is left as it was
             restore()
             raise
