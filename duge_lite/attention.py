@@ -59,7 +59,7 @@ def attention_maps(layer: Attention, hidden: Tensor, text: Tensor, mask: Tensor 
     """Where each head looks, by the layer's own Q and K: (B, heads, H*W, T), the last axis sums to 1.
 
     ``hidden`` (B, H*W, C), ``text`` (B, T, D); ``mask`` (B, 1, T) is added before the softmax. In 32 bits, as
-    16-bit scores overflow in some models.
+    16-bit scores overflow in some models. What a processor of one's own makes of them is not seen.
     """
     query, key = (
         project(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)

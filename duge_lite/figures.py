@@ -272,6 +272,8 @@ def _parts(trace: AttentionTrace, by: str, word: str, most: int) -> dict[str, At
     if by == "head":
         best = max(trace.layers, key=lambda name: trace.layer(name).word(word).max())
         count, where = trace.maps[best].shape[1], layer_label(best)
+        if count == 1:
+            trace.head(1)  # raises, and says what to do
         return {f"{where}, head {i}": trace.layer(best).head(i) for i in range(min(count, most))}
     for coarse in (False, True):  # by size alone, where there would be too many panels
         levels: dict[str, list[str]] = {}
@@ -291,7 +293,8 @@ def words_by(trace: AttentionTrace, by: str, words: Names | str | None = None, t
     """Words (rows) by "step", by "layer" (the levels of the UNet) or by "head", the picture beside them.
 
     Heads are those of the layer that gives the first word most, of a trace made with ``heads=True``; steps
-    lie on the half-finished pictures, where the trace has previews. Raises ValueError for another ``by``.
+    lie on the half-finished pictures, where the trace has previews. Raises ValueError for another ``by``,
+    IndexError when the heads are not apart.
     """
     if by not in TITLES:
         raise ValueError(f"by = {by!r}: expected one of {', '.join(TITLES)}")

@@ -59,10 +59,8 @@ class App(widgets.VBox):
         try:
             text, self.shown = self.show(**{name: part.value for name, part in self.controls.items()})
             data, metadata = format_display_data(self.shown)
-            display = {"output_type": "display_data", "data": data, "metadata": metadata}
-            self.output.outputs = (
-                () if self.shown is None else (display,)
-            )  # at once, so that nothing flickers
+            shown = {"output_type": "display_data", "data": data, "metadata": metadata}
+            self.output.outputs = () if self.shown is None else (shown,)  # at once: nothing flickers
             self.say(text)
         except (Exception, KeyboardInterrupt) as error:  # any: a callback has nobody else to tell
             self.error, text = error, " ".join(str(error).split())
@@ -72,7 +70,7 @@ class App(widgets.VBox):
 
 
 def _field(kind: type[widgets.Widget], label: str, value: object, **values: object) -> widgets.Widget:
-    style, layout = {"description_width": "initial"}, widgets.Layout(width="30em", margin="2px 12px 2px 2px")
+    style, layout = {"description_width": "14em"}, widgets.Layout(width="36em")
     return kind(value=value, description=label, style=style, layout=layout, **values)
 
 

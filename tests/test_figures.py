@@ -156,6 +156,8 @@ def test_maps_by_step_layer_and_head_lie_beside_the_picture_in_at_most_twelve_pa
     assert len(heat_maps(figures.words_by(noise, "layer"))) == 4 * 2, "more words: by size alone"
     with pytest.raises(ValueError, match="by = 'time': expected one of step, layer, head"):
         figures.words_by(noise, "time")
+    with pytest.raises(IndexError, match="heads=True"):
+        figures.words_by(noise, "head", "apple")
 
 
 def test_a_difference_has_one_scale_and_is_white_where_nothing_changed(noise):
