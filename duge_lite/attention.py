@@ -415,12 +415,15 @@ def _traced(
 def trace(
     pipe: DiffusionPipeline,
     prompt: str | EllipsisType = ...,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     *,
     heads: bool = False,
     also: str | None = None,
     image: Image.Image | None = None,
     previews: bool = False,
-    **how,
+    **options,
 ) -> AttentionTrace | AbstractContextManager[AttentionTrace]:
     """Draws the picture that ``pipe`` draws anyway, and keeps the attention of guidance's conditional half.
 
@@ -433,24 +436,26 @@ def trace(
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline.
         prompt: one text.
+        seed, num_inference_steps, guidance_scale: as :func:`~duge_lite.models.sample` takes them.
         heads: keep the heads apart; otherwise their mean is kept, in 16 bits on the CPU.
         also: another text, whose words need not be in the prompt: the maps that its keys give at the same
             queries are in ``trace.also``.
         image: look at this picture instead of drawing one: with the noise of each of ``timesteps`` (by
             default 750, 500 and 250) it goes through the UNet once, without guidance.
         previews: also decode the half-finished picture after every step.
-        how: the arguments of :func:`~duge_lite.models.sample`, such as ``seed``, ``num_inference_steps``,
-            ``guidance_scale``, ``negative_prompt``, ``height`` and ``width``.
+        options: ``sample``'s, such as ``negative_prompt``, ``height`` and ``width``.
 
     Warns when the tokenizer cuts the prompt. Raises NoCrossAttentionError; TypeError or ValueError for what
     ``sample`` does not take.
     """
     check_pipeline(pipe)
+    how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    drawing = previews or any(value is not None for value in how.values())
     if prompt is ...:
-        if how or previews or image is not None:
+        if drawing or seed or options or image is not None:
             raise TypeError("without a prompt, trace takes heads and also: the rest goes to your own call")
         return _traced(pipe, heads, also)
-    if image is not None and (previews or how.keys() & {"num_inference_steps", "guidance_scale"}):
+    if image is not None and drawing:
         raise TypeError("a picture that exists is looked at, not drawn: it takes timesteps, and no guidance")
     pictures: list[Image.Image] = []
 
@@ -460,17 +465,17 @@ def trace(
         return tensors
 
     if previews:
-        how["callback_on_step_end"] = step_done
-    looking = nullcontext({}) if image is None else _looking_at(pipe, image, **how)
+        options["callback_on_step_end"] = step_done
+    looking = nullcontext({}) if image is None else _looking_at(pipe, image, seed, **options)
     with looking as instead, _traced(pipe, heads, also, depth=4) as found:
-        (drawn,) = sample(pipe, prompt, **how | instead)
+        (drawn,) = sample(pipe, prompt, seed, **how | options | instead)
         found.image, found.previews = drawn if image is None else image, tuple(pictures)
     return found
 
 
 @contextmanager
 def _looking_at(
-    pipe: DiffusionPipeline, image: Image.Image, seed: int = 0, timesteps: Sequence[int] = (), **_
+    pipe: DiffusionPipeline, image: Image.Image, seed: int, timesteps: Sequence[int] = (), **_
 ) -> Iterator[dict]:
     """Whatever ``pipe`` draws in the block, its UNet sees ``image`` with the noise of that moment."""
     pixels = pipe.image_processor.preprocess(image).to(pipe._execution_device, pipe.vae.dtype)

@@ -47,29 +47,31 @@ def image_html(picture: bytes | Image.Image, alt: str, style: str = "max-width: 
     return f'<img src="{_uri(picture)}" alt="{html.escape(alt)}" style="{style}">'
 
 
-def slides(pictures: Sequence[bytes], labels: Sequence[str], title: str = "") -> str:
-    """HTML of pictures (PNG bytes) under a slider, each with a label that says in words what it shows.
+class Slides(HTML):
+    """Pictures (PNG bytes) under a slider, each with a label that says in words what it shows.
 
     The kernel is not needed: it works in an exported notebook; without scripts the first picture remains.
     """
-    shown = ["block", *["none"] * (len(labels) - 1)]
-    images = "".join(
-        image_html(picture, label, f"max-width: 100%; display: {display}")
-        for picture, label, display in zip(pictures, labels, shown, strict=True)
-    )
-    title, first = html.escape(title), html.escape(labels[0])
-    act = (
-        "const box = this.closest('[data-duge-slides]'), all = box.querySelectorAll('img');"
-        "all.forEach((image, i) => { image.style.display = i == this.value ? 'block' : 'none'; });"
-        "box.querySelector('output').textContent = all[this.value].alt;"
-        "this.setAttribute('aria-valuetext', all[this.value].alt);"
-    )
-    return (
-        f"<div data-duge-slides {OURS}><p><b>{title}</b></p>"
-        f'<input type="range" min="0" max="{len(labels) - 1}" value="0" style="width: min(28em, 90%)" '
-        f'aria-label="{title or "picture"}" aria-valuetext="{first}" oninput="{act}">'
-        f"<div><output>{first}</output></div>{images}</div>"
-    )
+
+    def __init__(self, pictures: Sequence[bytes], labels: Sequence[str], title: str = "") -> None:
+        shown = ["block", *["none"] * (len(labels) - 1)]
+        images = "".join(
+            image_html(picture, label, f"max-width: 100%; display: {display}")
+            for picture, label, display in zip(pictures, labels, shown, strict=True)
+        )
+        title, first = html.escape(title), html.escape(labels[0])
+        act = (
+            "const box = this.closest('[data-duge-slides]'), all = box.querySelectorAll('img');"
+            "all.forEach((image, i) => { image.style.display = i == this.value ? 'block' : 'none'; });"
+            "box.querySelector('output').textContent = all[this.value].alt;"
+            "this.setAttribute('aria-valuetext', all[this.value].alt);"
+        )
+        super().__init__(
+            f"<div data-duge-slides {OURS}><p><b>{title}</b></p>"
+            f'<input type="range" min="0" max="{len(labels) - 1}" value="0" style="width: min(28em, 90%)" '
+            f'aria-label="{title or "picture"}" aria-valuetext="{first}" oninput="{act}">'
+            f"<div><output>{first}</output></div>{images}</div>"
+        )
 
 
 def layer_label(name: str) -> str:

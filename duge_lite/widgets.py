@@ -27,7 +27,7 @@ from .evaluation import Judge
 from .models import sample
 from .sequence import UnlearningSequence
 from .unlearning import UnlearningRun, unlearn
-from .viewer import image_html, slides
+from .viewer import Slides, image_html
 
 
 class App(widgets.VBox):
@@ -235,7 +235,8 @@ class Timeline:
 
     def _repr_html_(self) -> str:
         every = range(len(self.pictures))
-        return slides([self.figure(k).png() for k in every], [self.about(k) for k in every], "After request")
+        frames = [self.figure(k).png() for k in every]
+        return Slides(frames, [self.about(k) for k in every], "After request").data
 
 
 def erosion_timeline(

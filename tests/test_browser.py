@@ -22,7 +22,7 @@ from test_viewer import noise_trace
 from duge_lite import figures
 from duge_lite.attention import AttentionTrace
 from duge_lite.doodles import draw
-from duge_lite.viewer import compare, slides
+from duge_lite.viewer import Slides, compare
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -211,7 +211,7 @@ def test_a_viewer_that_leaves_the_page_goes_quiet_and_one_that_comes_back_follow
 
 def test_slides_by_keyboard(page, tmp_path):
     frames = [figures.image_grid([[draw(name)]], title=name).png() for name in ("apple", "harp", "star")]
-    three = slides(frames, ["an apple", "then a harp", 'a "star"'], "Three")
+    three = Slides(frames, ["an apple", "then a harp", 'a "star"'], "Three").data
     (tmp_path / "page.html").write_text('<meta charset="utf-8">' + three * 2, "utf-8")
     page.goto((tmp_path / "page.html").as_uri())
     slider = page.get_by_label("Three").first
@@ -260,9 +260,9 @@ app.controls["num_inference_steps"].value = 4
 app""",
     """duge.trace(pipe, "an apple next to an umbrella", num_inference_steps=4)""",
     """pipe.unet = None  # from here on, drawing fails""",
-    """from duge_lite.viewer import slides
+    """from duge_lite.viewer import Slides
 from IPython.display import HTML, display
-display(HTML(slides([b"", b""], ["$5 and $6", ""], "$5 and $6")), HTML("<p>Mathematics: $5 and $6</p>"))""",
+display(Slides([b"", b""], ["$5 and $6", ""], "$5 and $6"), HTML("<p>Mathematics: $5 and $6</p>"))""",
 ]
 FORGET = [
     START

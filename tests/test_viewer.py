@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from duge_lite.attention import AttentionTrace, Token, read_tokens
-from duge_lite.viewer import compare, layer_label, slides
+from duge_lite.viewer import Slides, compare, layer_label
 
 DOODLE_LAYERS = {
     "down_blocks.0.attentions.0": 16,
@@ -164,7 +164,7 @@ def test_layers_of_one_block_and_heads_are_averaged(tokenizer):
 
 def test_slides_work_without_a_kernel(tokenizer):
     """Each frame with its label as alternative text; the first is shown; text is escaped."""
-    reader = Reader(slides([b"one", b"two"], [NASTY, "second"], "A <b>title</b>"))
+    reader = Reader(Slides([b"one", b"two"], [NASTY, "second"], "A <b>title</b>").data)
     images = [attributes for tag, attributes in reader.tags if tag == "img"]
     assert [i["alt"] for i in images] == [NASTY, "second"]
     assert [i["style"].split()[-1] for i in images] == ["block", "none"]
