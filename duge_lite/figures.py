@@ -120,7 +120,8 @@ def _lines(
         _tidy(one, heading, x, percent="y" if share else "")
         one.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     at, (low, high) = -np.inf, one.get_ylim()
-    for y, name in sorted((float(line.iloc[-1]), name) for name, line in lines.items() if len(line)):
+    last = ((float(line.dropna().iloc[-1]), name) for name, line in lines.items() if line.notna().any())
+    for y, name in sorted(last):
         at = max(min(max(y, low), high), at + 0.085 * (high - low))  # apart, where they would touch
         how = dict(color=looks[name]["color"], fontsize=8, va="center", transform=one.get_yaxis_transform())
         one.text(1.03, at, name, **how)
@@ -371,7 +372,7 @@ def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer
     for name in LOSSES.values():
         ends = {when: history[f"{name} {when}"].set_axis(range(len(layers))) for when in ("before", "after")}
         panels[f"{name} loss"] = {when: end.where(end > 0) for when, end in ends.items()}
-    figure, axes = _lines(panels, title, "layer", share=False)
+    figure, axes = _lines(panels, title, "layer", "● before, ✕ after; none: 0", share=False)
     for one in axes:
         one.set_yscale("log")
         one.autoscale(axis="y")
