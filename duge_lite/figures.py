@@ -1,4 +1,4 @@
-"""Every figure: results in, a finished :class:`Plot` (or :class:`~duge_lite.viewer.Slides`) out.
+"""Every figure: results in, a finished :class:`Plot` out.
 
 White or grey is what was wished for, colour is a deviation or attention; maps side by side share one scale
 from 0; no colour stands alone: a marker, a frame, a cross or a number says the same. The title is the
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, PowerNorm
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -25,18 +25,15 @@ from PIL import Image
 
 from .attention import AttentionTrace
 from .doodles.draw import OBJECTS, STYLES, draw
-from .viewer import COLORS, Slides, layer_label
+from .viewer import COLORS, layer_label
 
 KEPT, LOST, ACCENT, LEFT = "#35618f", "#c8553d", "#5b5b66", "#6a51a3"  # told apart by lightness too
 WISHED = LinearSegmentedColormap.from_list("wished", [LOST, "white", LEFT])
-SHARE = "share of a place's attention"
 PANELS = 12
 Names, Rows = Sequence[str], Sequence[Sequence[Image.Image]]
-Words = Names | str | None
 SERIES = (KEPT, LOST, ACCENT, "#d9a441", "#3f8f6b", "#1b1b1b", LEFT)
-LINES = [dict(marker=m, color=c, ms=6, lw=1.8) for m, c in zip("oXs^DPv", SERIES, strict=True)]
-LOOKS = {"base": LINES[2], "unlearned": LINES[1], "oracle": LINES[0]}  # a model keeps its own look
-LOOKS |= {"exact": LINES[1], "UCE": LINES[4]}
+LOOKS = [dict(marker=m, color=c, ms=6, lw=1.8) for m, c in zip("oXs^DPv", SERIES, strict=True)]
+OWN = {"oracle": 0, "exact": 1, "unlearned": 1, "base": 2}  # which of the looks is kept for whom
 
 
 class Plot(Figure):
@@ -49,12 +46,15 @@ class Plot(Figure):
     colors: int | None = None
     """How many the PNG has, at most 256; None for all. Grids of noisy pictures take a third of the bytes."""
 
-    def png(self) -> bytes:
-        """The figure as PNG bytes, for widgets, sliders and files."""
+    def savefig(self, *args, **kwargs) -> None:
         with matplotlib.rc_context({"text.parse_math": False}):  # for text that drawing makes
             for text in self.findobj(Text):
                 text.set_parse_math(False)
-            self.savefig(buffer := io.BytesIO(), format="png", bbox_inches="tight", pad_inches=0.06)
+            super().savefig(*args, **kwargs)
+
+    def png(self) -> bytes:
+        """The figure as PNG bytes, for widgets, sliders and files."""
+        self.savefig(buffer := io.BytesIO(), format="png", bbox_inches="tight", pad_inches=0.06)
         if self.colors is not None:
             image = Image.open(buffer).convert("RGB").quantize(self.colors, dither=Image.Dither.NONE)
             image.save(buffer := io.BytesIO(), format="png", optimize=True)
@@ -65,32 +65,20 @@ class Plot(Figure):
         return data, {"image/png": {"alt": self.alt}}
 
 
-def _plot(
-    width, height, rows=1, columns=1, title="", caption="", bare=False, **how
-) -> tuple[Plot, np.ndarray]:
-    """A figure of so many inches and its axes (rows, columns); ``bare`` ones are for pictures."""
+def _plot(width, height, rows=1, columns=1, title="", caption="", **how) -> tuple[Plot, np.ndarray]:
+    """A figure of so many inches and its axes (rows, columns)."""
     figure = Plot(figsize=(width, height), dpi=100, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
     if caption:
         figure.supxlabel(caption, fontsize=8, color=ACCENT)
-    axes = figure.subplots(rows, columns, squeeze=False, **how)
-    if bare:
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-        for one in axes.flat:
-            _bare(one)
-    return figure, axes
+    return figure, figure.subplots(rows, columns, squeeze=False, **how)
 
 
 def _said(figure: Plot, title: str, parts: Iterable[str], between: str = "; ") -> Plot:
     """The figure, with its alternative text."""
     figure.alt = f"{title.rstrip('.?!')}: " + between.join(parts)
     return figure
-
-
-def _bare(axes: Axes) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
 
 
 def _tidy(axes: Axes, title: str = "", x: str = "", y: str = "", percent: str = "") -> None:
@@ -103,35 +91,54 @@ def _tidy(axes: Axes, title: str = "", x: str = "", y: str = "", percent: str = 
     axes.spines[["top", "right"]].set_visible(False)
     for name in percent:
         getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1.0))
-    if x == "requests":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _log(axis) -> None:
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
+def _looks(names: Names) -> dict[str, dict]:
+    """A look for each name. "oracle, other pictures" is the oracle's, open and dotted: a control."""
+    heads = list(dict.fromkeys(name.split(",")[0] for name in names))
+    rest = iter([k for k in range(len(LOOKS)) if k not in {OWN.get(h) for h in heads}])
+    try:
+        mine = {h: LOOKS[OWN[h] if h in OWN else next(rest)] for h in heads}
+    except StopIteration:
+        raise ValueError(f"{len(heads)} names ({', '.join(heads)}): expected at most {len(LOOKS)}") from None
+    return {n: mine[n.split(",")[0]] | ({"ls": ":", "mfc": "white"} if "," in n else {}) for n in names}
 
 
-def _moves(axes: Axes, names: Iterable[str], before, after, colors=(KEPT, LOST)) -> None:
-    """A row per name: a circle before, a triangle after that points the way it went."""
-    at, before, after = (np.asarray(x, dtype=float) for x in (range(len(before)), before, after))
-    more = ~(after < before)
-    axes.hlines(at, before, after, color=ACCENT, linewidth=2, alpha=0.5)
-    axes.plot(before, at, "o", mfc="white", mec=ACCENT, ms=7)
-    for which, marker, color in ((more, ">", colors[0]), (~more, "<", colors[1])):
-        axes.plot(after[which], at[which], marker, color=color, ms=8)
-    axes.set_yticks(at, names, fontsize=9)
-    axes.set_ylim(len(at) - 0.5, -0.5)
+def _lines(
+    panels: Mapping[str, Mapping[str, pd.Series]], title: str, x: str, caption: str = "", share: bool = True
+) -> tuple[Plot, np.ndarray]:
+    """A panel per heading, a line per name, which stands at its right end in the last panel.
+
+    ``share``: all panels show shares, from 0 to 100 %.
+    """
+    looks = _looks([name for lines in panels.values() for name in lines])
+    figure, ((*axes,),) = _plot(2.4 * len(panels) + 2.4, 3.1, 1, len(panels), title, caption, sharey=share)
+    for one, (heading, lines) in zip(axes, panels.items(), strict=True):
+        for name, line in lines.items():
+            one.plot(line.index, line, **looks[name])
+        one.set_ylim(*((-0.04, 1.04) if share else (min(0, one.get_ylim()[0]), None)))
+        _tidy(one, heading, x, percent="y" if share else "")
+        one.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    at, (low, high) = -np.inf, one.get_ylim()
+    last = ((float(line.dropna().iloc[-1]), name) for name, line in lines.items() if line.notna().any())
+    for y, name in sorted(last):
+        at = max(min(max(y, low), high), at + 0.085 * (high - low))  # apart, where they would touch
+        how = dict(color=looks[name]["color"], fontsize=8, va="center", transform=one.get_yaxis_transform())
+        one.text(1.03, at, name, **how)
+    ends = [(h, n, s.iloc[0], s.iloc[-1]) for h, lines in panels.items() for n, s in lines.items() if len(s)]
+    said = (" ".join(f"{h} {n} {a:.3g} to {b:.3g}".split()) for h, n, a, b in ends)
+    return _said(figure, title, said), axes
 
 
-def _name_lines(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
-    """Names (height, text, colour) at the right ends of lines, moved apart where they would touch."""
-    low, high = axes.get_ylim()
-    at = -np.inf
-    for y, text, color in sorted(ends):
-        at = max(min(max(y, low), high), at + 0.085 * (high - low))
-        axes.text(1.03, at, text, color=color, fontsize=8, va="center", transform=axes.get_yaxis_transform())
+def _dots(axes: Axes, rows: Names, series: Sequence[tuple[pd.DataFrame, dict]]) -> None:
+    """A row per name; of each series value, low and high by name, each a little below the one before."""
+    apart = min(0.24, 0.8 / len(series))
+    for k, (table, look) in enumerate(series):
+        at = np.array([rows.index(name) for name in table.index]) + apart * (k - (len(series) - 1) / 2)
+        axes.hlines(at, table.low, table.high, color=look["color"], linewidth=2, alpha=0.5)
+        axes.plot(table.value, at, **{"ms": 7, "ls": ""} | look)
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    axes.set_ylim(len(rows) - 0.45, -0.55)
 
 
 # ---- pictures
@@ -149,7 +156,7 @@ def _grid(axes: Axes, rows, row_labels=(), column_labels=(), framed=(), below=()
                 axes.add_patch(Rectangle((j, y), 0.95, 0.95, **look))
             if below:
                 axes.text(j + 0.475, y + 0.98, below[i][j], ha="center", va="top", fontsize=8)
-    _bare(axes)
+    axes.spines[:].set_visible(False)
     limits = dict(xlim=(-0.03, width - 0.02), ylim=(pitch * height - 0.02, -0.03))
     axes.set(**limits, aspect=np.divide(*np.shape(rows[0][0])[:2]))
     axes.tick_params(length=0, pad=2)
@@ -181,20 +188,13 @@ def image_grid(
     return _said(figure, f"{title or 'Pictures'}: {height} rows of {width}", names)
 
 
-def contact_sheet(styles: Names = STYLES, seed: int = 3) -> Plot:
+def contact_sheet(seed: int = 3) -> Plot:
     """Every object of the doodle world in every style, as drawn (not generated)."""
-    grounds = ("white", "blue", "yellow", "green", "pink", "black")
     half = (len(OBJECTS) + 1) // 2
-    title = f"The doodle world: {len(OBJECTS)} objects, {len(styles)} styles"
-    figure, axes = _plot(10.2, 10.4, 2, title=title)
-    for k, names in enumerate((OBJECTS[:half], OBJECTS[half:])):
-        rows = [
-            [draw(n, style, grounds[(i + k * half + j) % 6], seed=seed + 31 * (i + k * half) + j)
-             for i, n in enumerate(names)]
-            for j, style in enumerate(styles)
-        ]  # fmt: skip
-        _grid(axes[k, 0], rows, styles, names)
-    return _said(figure, title, (*OBJECTS, *styles), ", ")
+    parts = [(names, style) for names in (OBJECTS[:half], OBJECTS[half:]) for style in STYLES]
+    rows = [[draw(name, style, seed=seed + i) for name in names] for i, (names, style) in enumerate(parts)]
+    title = f"The doodle world: {len(OBJECTS)} objects, {len(STYLES)} styles"
+    return image_grid(rows, [style for _, style in parts], (), title, below=[names for names, _ in parts])
 
 
 def step_labels(requests: Names) -> list[str]:
@@ -211,7 +211,7 @@ def picture_history(pictures: Rows, names: Names, requests: Names, title: str = 
 # ---- attention
 
 
-def _distinct(trace: AttentionTrace, words: Words, most: int) -> list[str]:
+def _distinct(trace: AttentionTrace, words: Names | str | None, most: int) -> list[str]:
     """The words that are asked for, by default every distinct word of the prompt; at most ``most``."""
     words = list({w.lower(): w for w in trace.words}.values()) if words is None else words
     words = [words] if isinstance(words, str) else list(words)
@@ -220,52 +220,31 @@ def _distinct(trace: AttentionTrace, words: Words, most: int) -> list[str]:
     return words[:most]
 
 
-def _heat(axes: Axes, heat: np.ndarray, norm: Normalize, picture=None, smooth: bool = True, title: str = ""):
-    """A map, over the picture in grey if one is given, so that only attention has colour."""
-    h, w = heat.shape
-    if picture is not None:
-        axes.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0))
-    axes.set_title(title, fontsize=9, pad=3)
-    look = dict(interpolation="bilinear" if smooth else "nearest", alpha=1 if picture is None else 0.62)
-    return axes.imshow(heat, cmap=COLORS, norm=norm, extent=(0, w, h, 0), **look)
-
-
-def _maps(
-    rows: Mapping[str, Sequence[np.ndarray]],
-    columns: Names,
-    picture: Image.Image | None = None,
-    under: Sequence[Image.Image] = (),
-    title: str = "",
-    smooth: bool = False,
-    power: float = 1.0,
-) -> tuple[Plot, np.ndarray]:
-    """Maps on one scale; beside them the picture, or above each column the one under its maps."""
-    top = max(float(m.max()) for row in rows.values() for m in row)
-    norm = PowerNorm(power, 0, max(top, 1e-9))
-    down, right = int(bool(under)), int(picture is not None and not under)
-    h, w = len(rows) + down, len(columns) + right
-    size = (0.09 * max(map(len, rows)) + 1.25 * w + 0.9, 1.25 * h + 0.5)
-    figure, axes = _plot(*size, h, w, title, bare=True)
-    for one, shown in zip(axes[0], under or [picture][:right], strict=False):
-        one.imshow(shown, interpolation="nearest")
-    if right:
-        axes[0, 0].set_title("the picture", fontsize=9, pad=3)
-    for (name, row), line in zip(rows.items(), axes[down:, right:], strict=True):
-        for j, (one, heat) in enumerate(zip(line, row, strict=True)):
-            image = _heat(one, heat, norm, under[j] if under else None, smooth)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=7)
-    for one, column in zip(axes[0, right:], columns, strict=True):
-        one.set_title(column, fontsize=9, pad=3)
-    _color_bar(figure, axes, image)
-    return figure, axes[down:, right:]
-
-
-def _color_bar(figure: Plot, axes: np.ndarray, image, label: str = SHARE) -> None:
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, aspect=25, pad=0.02)
+def _maps(rows, title: str) -> tuple[Plot, np.ndarray]:
+    """Panels (title, picture, map) in rows: a picture alone, or in grey under a map; maps share one scale."""
+    norm = Normalize(
+        0, max(1e-9, *(float(heat.max()) for row in rows for *_, heat in row if heat is not None))
+    )
+    height, width = len(rows), max(map(len, rows))
+    figure, axes = _plot(1.45 * width + 0.9, 1.5 * height + 0.5, height, width, title)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    for one in axes.flat:
+        one.set_axis_off()
+    for line, row in zip(axes, rows, strict=True):
+        for one, (name, picture, heat) in zip(line, row, strict=False):
+            one.set_title(name, fontsize=9, pad=3)
+            if heat is None:
+                one.imshow(picture, interpolation="nearest")
+                continue
+            h, w = heat.shape
+            one.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0))
+            how = dict(interpolation="bilinear", alpha=0.62, extent=(0, w, h, 0))
+            shown = one.imshow(heat, cmap=COLORS, norm=norm, **how)
+    bar = figure.colorbar(shown, ax=axes, fraction=0.05, aspect=25, pad=0.02, format=PercentFormatter(1.0))
     bar.solids.set_alpha(1)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     bar.ax.tick_params(labelsize=7)
-    bar.set_label(label, fontsize=8)
+    bar.set_label("share of a place's attention", fontsize=8)
+    return figure, axes
 
 
 def _where(heat: np.ndarray) -> str:
@@ -275,154 +254,99 @@ def _where(heat: np.ndarray) -> str:
     return f"most at the {' '.join(names)} ({heat.max():.1%})"
 
 
-def word_overlay(
-    trace: AttentionTrace, words: Words = None, columns: int = 4, title: str = "", top: float | None = None
-) -> Plot:
-    """The picture, and over it where each word looks: the mean over all steps and layers of ``trace``.
-
-    One scale for all, from 0 to ``top``: by default the largest share that there is.
-    """
-    words = _distinct(trace, words, PANELS - 1)
-    maps = [trace.word(w) for w in words]
-    norm = Normalize(0, top or max(1e-9, *(float(m.max()) for m in maps)))
-    columns = min(columns, len(words) + 1)
-    rows = -(-(len(words) + 1) // columns)
-    size = (1.75 * columns + 0.9, 1.75 * rows + 0.5)
-    figure, axes = _plot(*size, rows, columns, title or trace.prompt, bare=True)
-    axes.flat[0].imshow(trace.image, interpolation="nearest")
-    axes.flat[0].set_title("the picture", fontsize=9, pad=3)
-    for one, word, heat in zip(axes.flat[1:], words, maps, strict=False):
-        image = _heat(one, heat, norm, trace.image, title=f"“{word}” {heat.mean():.1%}")
-    _color_bar(figure, axes, image)
-    looks = [f"{w}, {_where(m)}" for w, m in zip(words, maps, strict=True)]
+def word_overlay(trace: AttentionTrace, words: Names | str | None = None, title: str = "") -> Plot:
+    """The picture, and over it where each word looks: the mean over all steps and layers of ``trace``."""
+    maps = {word: trace.word(word) for word in _distinct(trace, words, PANELS - 1)}
+    panels = [("the picture", trace.image, None)]
+    panels += [(f"“{word}” {heat.mean():.1%}", trace.image, heat) for word, heat in maps.items()]
+    figure, _ = _maps([panels[i : i + 4] for i in range(0, len(panels), 4)], title or trace.prompt)
+    looks = (f"{word}, {_where(heat)}" for word, heat in maps.items())
     return _said(figure, f"Where words look in the picture of “{trace.prompt}”", looks)
 
 
-def words_by_step(trace: AttentionTrace, words: Words = None, title: str = "From noise to picture") -> Plot:
-    """Words (rows) at some steps from the noisiest to the last, under the half-finished pictures."""
-    words = _distinct(trace, words, 5)
-    count, columns = len(trace.timesteps), PANELS // (len(words) + 1)
-    steps = np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int)).tolist()
-    parts = [trace.step(s) for s in steps]
-    rows = {w: [part.word(w) for part in parts] for w in words}
-    under = [part.previews[0] for part in parts] if trace.previews else []
-    labels = [f"step {s + 1} of {count}" for s in steps]
-    figure, _ = _maps(rows, labels, trace.image, under, title, smooth=True)
-    return _said(figure, f"{title}, {', '.join(words)}", labels, ", ")
-
-
-def words_by_layer(
-    trace: AttentionTrace, words: Words = None, title: str = "Where it looks, level by level"
-) -> Plot:
-    """Words (rows) at every level of the UNet (columns), the mean of its layers, beside the picture."""
-    words = _distinct(trace, words, 4)
+def _parts(trace: AttentionTrace, by: str, word: str, most: int) -> dict[str, AttentionTrace]:
+    """The trace in at most ``most`` parts, by name."""
+    if by == "step":
+        count = len(trace.timesteps)
+        steps = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+        return {f"step {i + 1} of {count}": trace.step(i) for i in steps}
+    if by == "head":
+        best = max(trace.layers, key=lambda name: trace.layer(name).word(word).max())
+        count, where = trace.maps[best].shape[1], layer_label(best)
+        if count == 1:
+            trace.head(1)  # raises, and says what to do
+        return {f"{where}, head {i}": trace.layer(best).head(i) for i in range(min(count, most))}
     for coarse in (False, True):  # by size alone, where there would be too many panels
         levels: dict[str, list[str]] = {}
         for name, maps in trace.maps.items():
-            part = "" if coarse else layer_label(name).split()[0] + "\n"
+            part = "" if coarse else layer_label(name).split()[0] + " "
             levels.setdefault(f"{part}{maps.shape[-1]}×{maps.shape[-2]}", []).append(name)
-        if len(words) * (len(levels) + 1) <= PANELS:
+        if len(levels) <= most:
             break
-    parts = [trace.layer(*layers) for layers in levels.values()]
-    rows = {word: [part.word(word) for part in parts] for word in words}
-    figure, _ = _maps(rows, list(levels), trace.image, (), title)
-    return _said(figure, f"{title}, {', '.join(words)}", (level.replace("\n", " ") for level in levels), ", ")
+    return {level: trace.layer(*layers) for level, layers in levels.items()}
 
 
-def heads(trace: AttentionTrace, word: str, title: str = "") -> Plot:
-    """One word in the heads (columns) of the layers (rows) that give it most; made with ``heads=True``."""
-    count = min(m.shape[1] if trace.has_heads else 0 for m in trace.maps.values())
-    if not count:
-        trace.head(0)  # raises, and says what to do
-    share = {name: float(trace.layer(name).word(word).max()) for name in trace.layers}
-    best = sorted(share, key=share.get, reverse=True)[: max(1, (PANELS - 1) // count)]
-    parts = {name: trace.layer(name) for name in trace.layers if name in best}
-    rows = {layer_label(n): [part.head(i).word(word) for i in range(count)] for n, part in parts.items()}
-    title = title or f"Each head looks for something of its own: “{word}”"
-    figure, _ = _maps(rows, [f"head {i}" for i in range(count)], trace.image, (), title)
-    return _said(figure, f"{title}, in {count} heads of each layer", rows, ", ")
+TITLES = {"step": "From noise to picture", "layer": "Where it looks, level by level"}
+TITLES["head"] = "Each head looks for something of its own"
 
 
-def target_maps(
-    rows: Mapping[str, Mapping[str, np.ndarray]], title: str = "", picture: Image.Image | None = None
-) -> Plot:
-    """One token's maps, (h, w) by layer, a row for each name; below zero there is a cross.
+def words_by(trace: AttentionTrace, by: str, words: Names | str | None = None, title: str = "") -> Plot:
+    """Words (rows) by "step", by "layer" (the levels of the UNet) or by "head", the picture beside them.
 
-    Shown are the layers in which the first row's map is largest. The scale spreads out small shares.
+    Heads are those of the layer that gives the first word most, of a trace made with ``heads=True``; steps
+    lie on the half-finished pictures, where the trace has previews. Raises ValueError for another ``by``,
+    IndexError when the heads are not apart.
     """
-    first = {layer: float(np.asarray(heat).max()) for layer, heat in next(iter(rows.values())).items()}
-    most = max(1, PANELS // len(rows) - (picture is not None))
-    best = sorted(first, key=first.get, reverse=True)[:most]
-    layers = [layer for layer in first if layer in best]
-    maps = {name: [np.asarray(row[layer], dtype=float) for layer in layers] for name, row in rows.items()}
-    shown = {name: [heat.clip(0) for heat in row] for name, row in maps.items()}
-    sizes = ["{1}×{0}".format(*heat.shape) for heat in next(iter(maps.values()))]
-    labels = [f"{layer_label(n)}\n{size}" for n, size in zip(layers, sizes, strict=True)]
-    figure, axes = _maps(shown, labels, picture, (), title, power=0.5)
-    for line, row in zip(axes, maps.values(), strict=True):
-        for one, heat in zip(line, row, strict=True):
-            y, x = np.nonzero(heat < 0)
-            size = max(heat.shape)
-            one.plot(x + 0.5, y + 0.5, "x", color="white", ms=30 / size, mew=6 / size)
-    below = {name: sum(int((m < 0).sum()) for m in row) for name, row in maps.items()}
-    means = {name: float(np.mean([m.mean() for m in row])) for name, row in maps.items()}
-    parts = (f"{n}: {mean:.1%} on average, {below[n]} places below zero" for n, mean in means.items())
-    return _said(figure, f"{title or 'Maps'}, in {len(layers)} layers", parts)
+    if by not in TITLES:
+        raise ValueError(f"by = {by!r}: expected one of {', '.join(TITLES)}")
+    words = _distinct(trace, words, 4)
+    parts = _parts(trace, by, words[0], PANELS // len(words) - 1)
+    rows = []
+    for word in words:
+        rows.append([(f"“{word}” →", trace.image, None)])
+        for name, part in parts.items():
+            under = part.previews[0] if by == "step" and part.previews else trace.image
+            rows[-1].append((name, under, part.word(word)))
+    figure, _ = _maps(rows, title or TITLES[by])
+    return _said(figure, f"{title or TITLES[by]}, {', '.join(words)}", parts, ", ")
 
 
-def attention_difference(
-    before: AttentionTrace,
-    after: AttentionTrace,
-    words: Names | str,
-    labels: tuple[str, str] = ("before", "after"),
-    title: str = "",
-) -> Plot:
-    """Per word both pictures, both maps on one scale, and the change: white is none."""
-    words = _distinct(before, words, 2)
-    pairs = [(before.word(w), after.word(w)) for w in words]
-    if pairs[0][0].shape != pairs[0][1].shape:
-        raise ValueError(f"maps of {pairs[0][0].shape} and {pairs[0][1].shape}: trace both at the same size")
-    norm = Normalize(0, max(1e-9, *(float(m.max()) for pair in pairs for m in pair)))
-    most = max(1e-9, *(float(np.abs(b - a).max()) for a, b in pairs))
-    size = (9.6, 1.85 * len(words) + 0.45)
-    figure, axes = _plot(*size, len(words), 5, title or before.prompt, bare=True)
-    for word, pair, row in zip(words, pairs, axes, strict=True):
-        for k, (trace, heat) in enumerate(zip((before, after), pair, strict=True)):
-            row[2 * k].imshow(trace.image, interpolation="nearest")
-            row[2 * k].set_title(labels[k], fontsize=9, pad=3)
-            image = _heat(row[2 * k + 1], heat, norm, trace.image, title=f"“{word}” {heat.mean():.1%}")
-        change = row[4].imshow(pair[1] - pair[0], cmap="PuOr_r", vmin=-most, vmax=most)
-        row[4].set_title("change", fontsize=9, pad=3)
-    _color_bar(figure, axes[:, :4], image)
-    _color_bar(figure, axes[:, 4:], change, "change of that share")
-    means = zip(words, pairs, strict=True)
-    parts = (f"“{w}” gets {a.mean():.2%} {labels[0]} and {b.mean():.2%} {labels[1]}" for w, (a, b) in means)
-    return _said(figure, title or before.prompt, parts)
+def attention_difference(before: AttentionTrace, after: AttentionTrace, word: str, title: str = "") -> Plot:
+    """Both pictures, where ``word`` looks in each on one scale, and the change: white is none."""
+    row, maps = [], [trace.word(word) for trace in (before, after)]
+    if maps[0].shape != maps[1].shape:
+        raise ValueError(f"maps of {maps[0].shape} and {maps[1].shape}: trace both at the same size")
+    for label, trace, heat in zip(("before", "after"), (before, after), maps, strict=True):
+        row += [(label, trace.image, None), (f"“{word}” {heat.mean():.1%}", trace.image, heat)]
+    change = maps[1] - maps[0]
+    most = max(1e-9, float(np.abs(change).max()))
+    row.append((f"change, up to {100 * most:.1f} points", after.image, None))
+    figure, axes = _maps([row], title or before.prompt)
+    axes[0, -1].imshow(change, cmap="PuOr_r", vmin=-most, vmax=most, extent=(0, *after.image.size, 0))
+    means = zip(("before", "after"), maps, strict=True)
+    return _said(figure, title or before.prompt, (f"“{word}” gets {m.mean():.2%} {n}" for n, m in means))
 
 
 def concentration(
-    trace: AttentionTrace, words: Words = None, title: str = "How narrowly each word looks"
+    trace: AttentionTrace,
+    words: Names | str | None = None,
+    title: str = "How narrowly each word looks: 0 is evenly over the picture, 1 a single place",
 ) -> Plot:
-    """How narrowly each word looks, step by step: 0 is evenly over the picture, 1 a single place."""
-    values = {word: trace.concentration(word) for word in _distinct(trace, words, len(LINES))}
-    figure, axes = _plot(6.4, 3, title=title)
-    for look, line in zip(LINES, values.values(), strict=False):
-        axes[0, 0].plot(range(1, len(line) + 1), line, **look | {"ms": 4})
-    axes[0, 0].set_ylim(bottom=0)
-    _tidy(axes[0, 0], "", "step (1 is pure noise)", "concentration\n(1 − entropy, 0 … 1)")
-    _name_lines(axes[0, 0], [(v[-1], w, c) for c, (w, v) in zip(SERIES, values.items(), strict=False)])
-    return _said(figure, title, (f"{w} from {v[0]:.3f} to {v[-1]:.3f}" for w, v in values.items()))
+    """How narrowly each word looks, step by step."""
+    steps = range(1, len(trace.timesteps) + 1)
+    lines = {w: pd.Series(trace.concentration(w), steps) for w in _distinct(trace, words, len(LOOKS))}
+    figure, _ = _lines({"1 − entropy of where it looks": lines}, title, "step (1 is pure noise)", "", False)
+    return figure
 
 
 def token_shares(trace: AttentionTrace, title: str = "Who gets the attention") -> Plot:
     """The share of all attention that each token gets, start, end and padding included (one bar for it)."""
-    shares = trace.shares()
-    bars = [(t.text, float(s)) for s, t in zip(shares, trace.tokens, strict=True) if t.kind != "pad"]
-    pads = [float(s) for s, t in zip(shares, trace.tokens, strict=True) if t.kind == "pad"]
-    names, values = zip(*bars, *([(f"<pad> × {len(pads)}", sum(pads))] if pads else []), strict=True)
-    figure, axes = _plot(6, 0.6 + 0.24 * len(names), title=title)
-    one, colors = axes[0, 0], ["#c9c9d1" if n.startswith("<") else KEPT for n in names]
-    bars = one.barh(range(len(names)), values, color=colors)
+    table = pd.DataFrame({"share": trace.shares(), "name": [t.text for t in trace.tokens]})
+    pad = np.array([t.kind == "pad" for t in trace.tokens])
+    names = [*table.name[~pad], *([f"<pad> × {pad.sum()}"] if pad.any() else [])]
+    values = [*table.share[~pad], *([table.share[pad].sum()] if pad.any() else [])]
+    figure, ((one,),) = _plot(6, 0.6 + 0.24 * len(names), title=title)
+    bars = one.barh(range(len(names)), values, color=["#c9c9d1" if n[0] == "<" else KEPT for n in names])
     one.bar_label(bars, [f"{v:.1%}" for v in values], fontsize=8, padding=3)
     _tidy(one, "", "share of all attention (grey: no words)", percent="x")
     one.grid(False)
@@ -431,127 +355,32 @@ def token_shares(trace: AttentionTrace, title: str = "Who gets the attention") -
     return _said(figure, title, (f"{n} {v:.1%}" for n, v in zip(names, values, strict=True)), ", ")
 
 
-def denoising(trace: AttentionTrace, word: str, title: str = "") -> Slides:
-    """A slider: the picture as it comes out of the noise, beside it where ``word`` looks at that step."""
-    if not trace.previews:
-        raise ValueError("this trace holds no previews: make it with trace(..., previews=True)")
-    steps = [replace(trace.step(i), image=picture) for i, picture in enumerate(trace.previews)]
-    maps = [step.word(word) for step in steps]
-    top = max(1e-9, *(float(m.max()) for m in maps))
-    labels = [
-        f"step {i} of {len(maps)}: “{word}” gets {m.mean():.1%}, {_where(m)}" for i, m in enumerate(maps, 1)
-    ]
-    frames = [word_overlay(step, word, title=" ", top=top) for step in steps]
-    return Slides(
-        [frame.png() for frame in frames], labels, title or f"“{trace.prompt}” comes out of the noise"
-    )
+# ---- losses
 
-
-# ---- losses and weights
+LOSSES = {"forget": "attention", "prior": "prior", "regularization": "regularization"}
 
 
 def loss_curves(history: pd.DataFrame, title: str = "The three losses while forgetting") -> Plot:
-    """One panel per loss (unweighted, log scale), with a running mean; ``history`` by iteration."""
-    panels = {
-        "forget": "attention loss\n(forget: falls)",
-        "prior": "prior-preservation loss\n(keep: stays small)",
-        "regularization": "regularization loss\n(distance walked)",
-    }
-    figure, axes = _plot(9, 2.6, 1, 3, title)
-    for one, (column, label) in zip(axes[0], panels.items(), strict=True):
-        if len(history):
-            floor = 1e-6 * max(0.0, history[column].max())  # two losses start at next to nothing
-            values = history[column].where(history[column] > floor)
-            one.plot(history.index, values, color=ACCENT, alpha=0.35, linewidth=1)
-            one.plot(history.index, values.rolling(10, min_periods=1).mean(), color=KEPT, linewidth=2)
-            _log(one.yaxis)
-        _tidy(one, label, "iteration")
-    ends = {c: (history[c].iloc[0], history[c].iloc[-1]) for c in panels} if len(history) else {}
-    return _said(figure, title, (f"{c} {a:.3g} to {b:.3g}" for c, (a, b) in ends.items()))
+    """One panel per loss (unweighted); ``history`` by iteration."""
+    panels = {f"{label} loss": {"": history[name]} for name, label in LOSSES.items()}
+    return _lines(panels, title, "iteration", share=False)[0]
 
 
 def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer by layer") -> Plot:
-    """One panel per loss, a line per layer from before (circle) to after (triangle), log scale."""
-    names = {"attention": "falls", "prior": "stays small", "regularization": "distance walked"}
-    figure, axes = _plot(9, 1.2 + 0.22 * len(history), 1, 3, title, "○ before, ▶ ◀ after; none: 0")
-    for one, (name, label) in zip(axes[0], names.items(), strict=True):
-        ends = (history[f"{name} {when}"].where(lambda v: v > 0) for when in ("before", "after"))
-        _log(one.xaxis)
-        _moves(one, map(layer_label, history.index), *ends, colors=(KEPT, KEPT))
-        _tidy(one, f"{name} loss\n({label})")
-        one.tick_params(labelleft=one is axes[0, 0])
-    means = history.mean()
-    parts = (f"{name} {means[f'{name} before']:.3g} to {means[f'{name} after']:.3g}" for name in names)
-    return _said(figure, f"{title}, means over layers", parts)
-
-
-def shares_moved(
-    names: Names, before: Sequence[float], after: Sequence[float],
-    labels: tuple[str, str] = ("before", "after"), title: str = "Who gains what the others lose",
-) -> Plot:  # fmt: skip
-    """Each token's share of attention before (circle) and after (a triangle that points there)."""
-    figure, axes = _plot(6.6, 0.9 + 0.26 * len(names), title=title)
-    _moves(axes[0, 0], names, before, after)
-    for i, (b, a) in enumerate(zip(before, after, strict=True)):
-        place = dict(xytext=(9, 0), textcoords="offset points", va="center")
-        axes[0, 0].annotate(f"{100 * (a - b):+.1f}", (max(a, b), i), fontsize=8, **place)
-    label = f"share of all attention: ○ {labels[0]}, ▶ {labels[1]}; numbers: change in percentage points"
-    _tidy(axes[0, 0], "", label, percent="x")
-    axes[0, 0].set_xlim(0, max(*before, *after) * 1.14)
-    moves = zip(names, before, after, strict=True)
-    return _said(figure, title, (f"{n} {b:.1%} to {a:.1%}" for n, b, a in moves), ", ")
-
-
-MATRICES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out": "output"}
-
-
-def matrices(panels: Mapping[str, Mapping[str, float]], title: str = "") -> Plot:
-    """A number for every matrix of every cross-attention layer, by parameter name; a panel per mapping.
-
-    One logarithmic scale of greys for all panels; an exact zero has no colour but a hatching.
-    """
-    names = dict.fromkeys(name.split(".attn2.")[0] for name in next(iter(panels.values())))
-    layers = sorted(names, key=lambda n: ("up" in n, "mid" in n))  # down, mid, up: the forward order
-    tables = np.zeros((len(panels), len(MATRICES), len(layers)))
-    for table, values in zip(tables, panels.values(), strict=True):
-        for name, value in values.items():
-            layer, _, matrix = name.partition(".attn2.")
-            table[list(MATRICES).index(matrix.split(".")[0]), layers.index(layer)] = value
-    known = tables[tables > 0]
-    low, high = (known.min(), known.max()) if known.size else (0.1, 1.0)
-    norm = LogNorm(low, max(high, 1.001 * low))
-    figure, axes = _plot(1.0 + 0.86 * len(layers), 0.35 + 1.72 * len(tables), len(tables), title=title)
-    for one, name, table in zip(axes.flat, panels, tables, strict=True):
-        one.imshow(np.ma.masked_less_equal(table, 0), cmap="Purples", norm=norm, aspect="auto")
-        one.patch.set(hatch="///", facecolor="white", edgecolor="#bbbbbb")
-        for (i, j), value in np.ndenumerate(table):
-            box = None if value > 0 else dict(facecolor="white", edgecolor="none", pad=1.5)
-            ink = "white" if value > 0 and norm(value) > 0.6 else "black"
-            text = f"{value:.2g}" if value > 0 else "0"
-            one.text(j, i, text, ha="center", va="center", fontsize=8, color=ink, bbox=box)
-        one.set_yticks(range(len(MATRICES)), MATRICES.values(), fontsize=8)
-        one.set_xticks(range(len(layers)), map(layer_label, layers), fontsize=8)
-        one.tick_params(length=0)
-        one.set_title(name, fontsize=9)
-    counts = zip(panels, tables, strict=True)
-    parts = (f"{n}: {(t > 0).sum()} of {t.size} above zero, the largest {t.max():.2g}" for n, t in counts)
-    return _said(figure, title or "Matrices of cross-attention", parts)
-
-
-def drift_over_requests(drifts: Mapping[str, pd.DataFrame], title: str = "How far the weights went") -> Plot:
-    """A panel per sequence, a line per kind of layer; ``drifts`` holds ``sequence.drift()`` by name."""
-    figure, axes = _plot(3.3 * len(drifts) + 1, 3.1, 1, len(drifts), title, sharey=True)
-    kinds = MATRICES | {"other": "other"}
-    far = {name: drift["from base"].unstack() for name, drift in drifts.items()}
-    for one, (name, table) in zip(axes[0], far.items(), strict=True):
-        shown = [(kind, look) for kind, look in zip([k for k in kinds if k in table], LINES, strict=False)]
-        for kind, look in shown:
-            one.plot([0, *table.index], [0, *table[kind]], **look)
-        _tidy(one, name, "requests", percent="y")
-    _name_lines(one, [(float(table[kind].iloc[-1]), kinds[kind], look["color"]) for kind, look in shown])
-    axes[0, 0].set_ylabel("distance, as a share of the layer", fontsize=8)
-    ends = {n: ", ".join(f"{kinds[k]} {v:.1%}" for k, v in t.iloc[-1].items()) for n, t in far.items()}
-    return _said(figure, title, (f"{name}, at the end: {end}" for name, end in ends.items()))
+    """One panel per loss, log scale, before and after, over the layers in forward order."""
+    layers, panels = list(map(layer_label, history.index)), {}
+    for name in LOSSES.values():
+        ends = {when: history[f"{name} {when}"].set_axis(range(len(layers))) for when in ("before", "after")}
+        panels[f"{name} loss"] = {when: end.where(end > 0) for when, end in ends.items()}
+    figure, axes = _lines(panels, title, "layer", "● before, ✕ after; none: 0", share=False)
+    for one in axes:
+        one.set_yscale("log")
+        one.autoscale(axis="y")
+        one.yaxis.set_major_formatter("{x:g}")
+        one.yaxis.set_minor_formatter("")
+        one.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
+    means = (f"{name} {end:.3g}" for name, end in history.mean().items())
+    return _said(figure, f"{title}, means over layers", means)
 
 
 def bowl(far: np.ndarray, losses: np.ndarray, title: str) -> Plot:
@@ -573,39 +402,36 @@ def bowl(far: np.ndarray, losses: np.ndarray, title: str) -> Plot:
 
 def accuracy_plot(before: pd.DataFrame, after: pd.DataFrame, forgotten: Names = (), title: str = "") -> Plot:
     """The judge's accuracy per concept before (open) and after (filled), with 95 % intervals."""
-    names, title = list(before.index), title or "What the judge recognises, before and after"
+    title = title or "What the judge recognises, before and after"
+    names, gone = list(before.index), after.index.isin(forgotten)
     n = f", n = {int(after.images.iloc[0])} pictures each" if "images" in after else ""
     caption = f"○ before; ● after, to be kept; ✕ after, to be forgotten; lines: 95 % intervals{n}"
-    figure, axes = _plot(9, 3.2, title=title, caption=caption)
-    one, at, gone = axes[0, 0], np.arange(len(names)), np.isin(names, forgotten)
-    one.plot(at - 0.14, before.accuracy, "o", mfc="none", mec=ACCENT, ms=7)
-    for which, marker, color in ((~gone, "o", KEPT), (gone, "X", LOST)):
-        x, rows = at[which] + 0.14, after[which]
-        one.vlines(x, rows.low, rows.high, color=color, linewidth=1.5, alpha=0.55)
-        one.plot(x, rows.accuracy, marker, color=color, ms=7, linestyle="none")
-    _tidy(one, "", "", "named right by the judge", "y")
-    labels = [f"✕ {c}" if c in forgotten else c for c in names]
-    one.set_xticks(at, labels, rotation=45, ha="right", fontsize=8)
-    one.set_ylim(-0.06, 1.06)
+    figure, ((one,),) = _plot(6.4, 0.9 + 0.25 * len(names), title=title, caption=caption)
+    looks = (LOOKS[2] | {"marker": "o", "mfc": "white"}, LOOKS[0], LOOKS[1])
+    tables = [t.rename(columns={"accuracy": "value"}) for t in (before, after[~gone], after[gone])]
+    _dots(one, names, [(table, look | {"ls": ""}) for table, look in zip(tables, looks, strict=True)])
+    one.set_yticks(range(len(names)), [f"✕ {c}" if c in forgotten else c for c in names])
+    _tidy(one, "", "named right by the judge", "", "x")
+    one.set_xlim(-0.04, 1.04)
     moves = (f"{n} {before.accuracy[n]:.2f} to {after.accuracy[n]:.2f}" for n in names)
     return _said(figure, title, moves, ", ")
 
 
-def accuracy_matrix(matrix: pd.DataFrame, requests: Names, title: str = "", caption: str = "") -> Plot:
+def accuracy_matrix(matrix: pd.DataFrame, requests: Names, title: str = "") -> Plot:
     """The accuracy matrix R[k, j] in percent: rows are models, columns concepts, requests first.
 
     White is as wished (gone, or there); red is lost, violet is still there although it was to go, which the
     frames tell too. Raises ValueError when a request has no column.
     """
     title = title or "Accuracy of each concept (column) after each request (row)"
-    caption = caption or "% named right; white: as wished; framed: was to go"
+    caption = "% named right; white: as wished; framed: was to go"
     figure, axes = _plot(1.5 + 0.46 * matrix.shape[1], 1.6 + 0.34 * len(matrix), title=title, caption=caption)
-    draw_matrix(axes[0, 0], matrix, requests)
+    _matrix(axes[0, 0], matrix, requests)
     last = (f"{name} {value:.2f}" for name, value in matrix.iloc[-1].items())
     return _said(figure, f"{title}. After {', '.join(requests)}", last, ", ")
 
 
-def draw_matrix(axes: Axes, matrix: pd.DataFrame, requests: Names, at: int | None = None) -> None:
+def _matrix(axes: Axes, matrix: pd.DataFrame, requests: Names, at: int | None = None) -> None:
     """:func:`accuracy_matrix` on given axes; ``at`` points at one row."""
     if missing := [c for c in requests if c not in matrix.columns]:
         raise ValueError(f"the matrix has no column for {', '.join(missing)}: evaluate it as well")
@@ -633,45 +459,35 @@ def draw_matrix(axes: Axes, matrix: pd.DataFrame, requests: Names, at: int | Non
         axes.get_yticklabels()[at].set(fontweight="bold")
 
 
+def timeline_step(
+    pictures: Rows, names: Names, requests: Names, matrix: pd.DataFrame, at: int, alt: str = ""
+) -> Plot:
+    """Pictures of the base and of model ``at`` (framed: was to go), and the matrix with its row marked."""
+    figure = Plot(figsize=(10, 3.4 + 0.3 * len(matrix)), dpi=100, layout="constrained")
+    figure.colors, figure.alt = 256, alt
+    above, below = figure.subplots(2, 1, height_ratios=(2, 1.2 + 0.25 * len(matrix)))
+    gone = {(1, j) for j, name in enumerate(names) if name in requests[:at]}
+    _grid(above, (pictures[0], pictures[at]), ("base", step_labels(requests)[at]), names, gone)
+    _matrix(below, matrix, requests, at)
+    below.set_title("% named right; white: as wished; framed: was to go", fontsize=8, color=ACCENT)
+    return figure
+
+
 METRICS = {
     "UA": "gone (UA)\nof all that was to go",
     "objects kept": "objects kept\nof all that are to stay",
     "styles kept": "styles kept\nof all that are to stay",
-    "IRA": "kept, same kind (IRA)\nas the last request's",
-    "CRA": "kept, other kind (CRA)\nthan the last request's",
     "HM": "harmonic mean (HM)\nsmall when one of them is",
 }
-"""What columns of a sequence's metrics are called."""
-
-
-def shown_metrics(table: pd.DataFrame) -> list[str]:
-    """The metrics to show: by kinds where there are, for IRA and CRA swap meaning with the last request."""
-    swapped = ("IRA", "CRA") if "objects kept" in table else ()
-    return [name for name in METRICS if name in table and name not in swapped]
+"""What is shown of a sequence's metrics, and what it is called."""
 
 
 def metrics_over_requests(
-    tables: Mapping[str, pd.DataFrame], names: Names | None = None,
-    title: str = "What is gone, and what is left", caption: str = "",
-) -> Plot:  # fmt: skip
-    """A panel per metric (:func:`shown_metrics`), a line per sequence; ``tables`` holds metrics by name."""
-    names = shown_metrics(next(iter(tables.values()))) if names is None else names
-    figure, axes = _plot(2.4 * len(names) + 1.2, 3.1, 1, len(names), title, caption, sharey=True)
-    count = len(LINES)
-    looks = [LINES[i % count] | {"ls": ("-", "--", ":")[i // count % 3]} for i in range(len(tables))]
-    for one, name in zip(axes[0], names, strict=True):
-        for look, table in zip(looks, tables.values(), strict=True):
-            one.plot(table[name], **look)
-        one.set_ylim(-0.05, 1.05)
-        _tidy(one, METRICS.get(name, name), "requests", percent="y")
-    ends = {label: table[list(names)].iloc[-1] for label, table in tables.items()}
-    _name_lines(
-        one, [(end.iloc[-1], n, look["color"]) for (n, end), look in zip(ends.items(), looks, strict=True)]
-    )
-    texts = {
-        label: ", ".join(f"{name} {value:.2f}" for name, value in end.items()) for label, end in ends.items()
-    }
-    return _said(figure, title, (f"{label}, at the end: {text}" for label, text in texts.items()))
+    tables: Mapping[str, pd.DataFrame], title: str = "What is gone, and what is left", caption: str = ""
+) -> Plot:
+    """A panel per metric, a line per sequence; ``tables`` holds metrics by name."""
+    lines = {name: {label: table[name] for label, table in tables.items()} for name in METRICS}
+    return _lines({METRICS[n]: line for n, line in lines.items()}, title, "requests", caption)[0]
 
 
 def pareto_front(table: pd.DataFrame) -> list[str]:
@@ -690,28 +506,24 @@ def trade_off(
     """A point per row of ``table``, whose two columns are drawn to the right and up; more of both is better.
 
     Rows on the Pareto front (:func:`pareto_front`, of whole percents: less is a picture or two) are filled;
-    rows that are equal in whole percents are one point with one label. Axes span at least twenty percents.
+    rows that are equal in whole percents are one point with one label.
     """
-    rounded = table.round(2)
-    front, (x, y) = pareto_front(rounded), table.columns
-    points = [(a, b, list(group.index)) for (b, a), group in rounded.groupby([y, x])][::-1]
-    lines = sum(1 + (len(names) - 1) // 3 for *_, names in points)
-    figure, axes = _plot(9, max(3.4, 0.3 * lines), title=title)
-    one, done = axes[0, 0], 0
-    for a, b, names in points:
-        on, mine = names[0] in front, 1 + (len(names) - 1) // 3
+    rounded, (x, y) = table.round(2), table.columns
+    front, groups = pareto_front(rounded), list(rounded.groupby([y, x]).groups.items())[::-1]
+    labels = [textwrap.wrap(f"{', '.join(n)}: {b:.0%} gone, {a:.0%} kept", 44) for (b, a), n in groups]
+    lines = sum(map(len, labels))
+    figure, ((one,),) = _plot(9, max(3.4, 0.3 * lines), title=title)
+    done = 0
+    for ((b, a), names), label in zip(groups, labels, strict=True):
+        on = names[0] in front
         look = dict(marker="o" if on else "s", mfc=KEPT if on else "white", zorder=4 if on else 3)
         one.plot(a, b, color=KEPT, ms=8, mew=1.5, **look)
-        text = ",\n".join(", ".join(names[i : i + 3]) for i in range(0, len(names), 3))
-        place = (1.04, 1 - (done + mine / 2) / lines)  # in a column, so that close points stay apart
+        place = (1.04, 1 - (done + len(label) / 2) / lines)  # in a column, so that close points stay apart
         arrow = dict(arrowstyle="-", color=ACCENT, lw=0.7, alpha=0.45, relpos=(0, 0.5), shrinkB=5)
         look = dict(fontsize=8, fontweight="bold" if on else "normal", va="center", arrowprops=arrow)
-        text += f": {b:.0%} gone, {a:.0%} kept"
-        one.annotate(text, (a, b), place, textcoords="axes fraction", **look)
-        done += mine
-    low, high = np.minimum(table.min(), table.max() - 0.2), table.max()
-    pad = 0.06 * (high - low)
-    one.set(xlim=(low[x] - pad[x], high[x] + pad[x]), ylim=(low[y] - pad[y], high[y] + pad[y]))
+        one.annotate("\n".join(label), (a, b), place, textcoords="axes fraction", **look)
+        done += len(label)
+    one.margins(0.08)
     _tidy(one, "", *axes_labels, percent="xy")
     one.locator_params(nbins=6, steps=[1, 2, 5, 10])
     names = {n: f"{n} (on the front)" if n in front else n for n in table.index}
@@ -719,57 +531,28 @@ def trade_off(
     return _said(figure, title, parts)
 
 
-def timeline_step(
-    pictures: Rows, names: Names, requests: Names, matrix: pd.DataFrame, at: int, alt: str = ""
-) -> Plot:
-    """Pictures of the base and of model ``at`` (framed: was to go), and the matrix with its row marked."""
-    figure = Plot(figsize=(10, 3.4 + 0.3 * len(matrix)), dpi=100, layout="constrained")
-    figure.colors, figure.alt = 256, alt
-    above, below = figure.subplots(2, 1, height_ratios=(2, 1.2 + 0.25 * len(matrix)))
-    gone = {(1, j) for j, name in enumerate(names) if name in requests[:at]}
-    _grid(above, (pictures[0], pictures[at]), ("base", step_labels(requests)[at]), names, gone)
-    draw_matrix(below, matrix, requests, at)
-    below.set_title("% named right; white: as wished; framed: was to go", fontsize=8, color=ACCENT)
-    return figure
-
-
 # ---- attacks
 
 
-def _looks(names: Names) -> list[dict]:
-    """A model keeps its own marker and colour, also in "unlearned, other pictures"; others get spare ones."""
-    heads = [name.split(",")[0] for name in names]
-    looks = {head: LOOKS[head] for head in heads if head in LOOKS}
-    spare = iter([line for line in LINES[3:] if line not in looks.values()])
-    looks |= {head: next(spare, None) for head in dict.fromkeys(heads) if head not in looks}
-    if None in looks.values():
-        raise ValueError(f"{', '.join(names)}: expected at most {len(LINES) - 3} beside {', '.join(LOOKS)}")
-    return [looks[head] for head in heads]
-
-
-def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?", caption: str = "") -> Plot:
+def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?") -> Plot:
     """Each attack's share of pictures with the concept, a marker per model, with 95 % intervals.
 
     ``table`` as :func:`duge_lite.attacks.shares` counts it by ``["attack", "model"]``; both in the order in
     which they first come.
     """
     attacks, models = (list(table.index.unique(level)) for level in (0, 1))
-    caption = caption or "pictures in which the judge sees the concept, with 95 % intervals"
-    between = min(0.22, 0.84 / len(models))
-    figure, axes = _plot(
-        7.6, 1.1 + max(0.55, 0.16 * len(models)) * len(attacks), title=title, caption=caption
-    )
-    one = axes[0, 0]
-    for k, (model, look) in enumerate(zip(models, _looks(models), strict=True)):
-        rows = table.xs(model, level=1)
-        at = np.array([attacks.index(a) for a in rows.index]) + between * (k - (len(models) - 1) / 2)
-        one.hlines(at, rows.low, rows.high, color=look["color"], linewidth=2, alpha=0.55)
-        one.plot(rows.seen, at, **look | {"ls": "", "ms": 8, "mec": "white", "mew": 0.8})
-        name = dict(xytext=(9, 0), textcoords="offset points", va="center", fontsize=8, color=look["color"])
-        one.annotate(model, (rows.high.iloc[0], at[0]), **name)  # in the first row, beside its interval
+    caption = "pictures in which the judge sees the concept, with 95 % intervals"
+    height = 1.1 + max(0.55, 0.16 * len(models)) * len(attacks)
+    figure, ((one,),) = _plot(7.6, height, title=title, caption=caption)
+    parts = {m: table.xs(m, level=1).rename(columns={"seen": "value"}) for m in models}
+    looks = _looks(models)
+    _dots(one, attacks, [(parts[m], looks[m] | {"ls": ""}) for m in models])
+    for model, line in zip(models, one.lines, strict=True):  # in the first row, beside its interval
+        place = (parts[model].high.iloc[0], line.get_ydata()[0])
+        look = dict(va="center", fontsize=8, color=line.get_color())
+        one.annotate(model, place, (9, 0), textcoords="offset points", **look)
     _tidy(one, percent="x")
-    one.set_yticks(range(len(attacks)), attacks)
-    one.set(xlim=(-0.03, 1.12), ylim=(len(attacks) - 0.45, -0.55))
+    one.set_xlim(-0.03, 1.12)
     return _said(figure, title, (f"{a}, {m}: {s:.0%}" for (a, m), s in table.seen.items()))
 
 
@@ -781,25 +564,13 @@ def recovery_curves(
     ``curves`` as :func:`duge_lite.attacks.shares` counts :func:`duge_lite.attacks.relearning` by ``"step"``;
     ``known`` is the base model's error. A name with a comma ("oracle, other pictures") is a control: dotted.
     """
-    figure, axes = _plot(9, 3.4, 1, 2, title)
-    left, right = axes[0]
-    looks = dict(zip(curves, _looks(list(curves)), strict=True))
-    for name, curve in curves.items():
-        look = looks[name] | ({"ls": ":", "mfc": "white"} if "," in name else {})
-        left.fill_between(curve.index, curve.low, curve.high, color=look["color"], alpha=0.12, linewidth=0)
-        left.plot(curve.index, curve.seen, **look)
-        right.plot(curve.index, curve.told, **look)
+    told = {name: curve.told for name, curve in curves.items()}
+    told["base"] = pd.Series(known, next(iter(curves.values())).index)
+    panels = {"The judge: pictures with the concept": {name: curve.seen for name, curve in curves.items()}}
+    panels["No judge: error on new drawings, told the name"] = told
+    figure, (left, right) = _lines(panels, title, "fine-tuning steps", "bands: 95 % intervals", False)
+    for curve, line in zip(curves.values(), left.lines, strict=True):
+        left.fill_between(curve.index, curve.low, curve.high, color=line.get_color(), alpha=0.12, linewidth=0)
     left.set_ylim(-0.03, 1.03)
-    right.axhline(known, color=ACCENT, linestyle="--", linewidth=1)
-    _tidy(
-        left, "The judge: pictures with the concept", "fine-tuning steps; bands are 95 % intervals", "", "y"
-    )
-    _tidy(right, "No judge: error on new drawings, told the name", "fine-tuning steps")
-    ends = [(float(c.told.iloc[-1]), name, looks[name]["color"]) for name, c in curves.items()]
-    _name_lines(right, [*ends, (known, "base", ACCENT)])
-    told = {
-        name: [(k, f"{row.seen:.0%} (error {row.told:.4f})") for k, row in c.iterrows()]
-        for name, c in curves.items()
-    }
-    parts = (f"{name}: " + ", ".join(f"{what} after {k}" for k, what in row) for name, row in told.items())
-    return _said(figure, title, parts)
+    left.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure

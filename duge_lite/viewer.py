@@ -15,71 +15,62 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from IPython.display import HTML
 from PIL import Image
 
 from .attention import AttentionTrace
 
-BUDGET = 1_000_000  # numbers that the maps of one page may hold, a byte each before compression
+BUDGET = 900_000  # numbers that the maps of one page may hold, a byte each before compression
 COLORS = "inferno"  # perceptually even: equal steps of attention look equally far apart, also in grey
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two traces, to be seen side by side or in turns; a notebook shows it as the viewer."""
-
-    traces: tuple[AttentionTrace, AttentionTrace]
-    labels: tuple[str, str]
-
-    def _repr_html_(self) -> str:
-        return viewer_html(self.traces, self.labels)
+# The keys pressed inside are no commands of JupyterLab's, and no dollar sign is mathematics.
+OURS = 'data-lm-suppress-shortcuts="true" class="mathjax_ignore tex2jax_ignore"'
 
 
 def compare(
     before: AttentionTrace, after: AttentionTrace, labels: tuple[str, str] = ("before", "after")
-) -> Comparison:
+) -> HTML:
     """Two traces in one viewer, on one scale; usually of the same prompt and seed.
 
     Words are matched by their text: a word that only one prompt holds is lit in that one only.
     """
-    return Comparison((before, after), tuple(labels))
+    return HTML(viewer_html((before, after), labels))
 
 
-@dataclass(frozen=True)
-class Slides:
+def image_html(picture: bytes | Image.Image, alt: str, style: str = "max-width: 100%") -> str:
+    """A picture that carries its alternative text, which notebooks leave out of what a cell displays."""
+    return f'<img src="{_uri(picture)}" alt="{html.escape(alt)}" style="{style}">'
+
+
+class Slides(HTML):
     """Pictures (PNG bytes) under a slider, each with a label that says in words what it shows.
 
     The kernel is not needed: it works in an exported notebook; without scripts the first picture remains.
     """
 
-    pictures: Sequence[bytes]
-    labels: Sequence[str]
-    title: str = ""
-
-    def _repr_html_(self) -> str:
-        title, labels = html.escape(self.title), [html.escape(label) for label in self.labels]
+    def __init__(self, pictures: Sequence[bytes], labels: Sequence[str], title: str = "") -> None:
         shown = ["block", *["none"] * (len(labels) - 1)]
         images = "".join(
-            f'<img src="{_uri(picture)}" alt="{label}" style="max-width: 100%; display: {display}">'
-            for picture, label, display in zip(self.pictures, labels, shown, strict=True)
+            image_html(picture, label, f"max-width: 100%; display: {display}")
+            for picture, label, display in zip(pictures, labels, shown, strict=True)
         )
+        title, first = html.escape(title), html.escape(labels[0])
         act = (
             "const box = this.closest('[data-duge-slides]'), all = box.querySelectorAll('img');"
             "all.forEach((image, i) => { image.style.display = i == this.value ? 'block' : 'none'; });"
             "box.querySelector('output').textContent = all[this.value].alt;"
             "this.setAttribute('aria-valuetext', all[this.value].alt);"
         )
-        return (
-            f'<div data-duge-slides data-lm-suppress-shortcuts="true"><p><b>{title}</b></p>'
+        super().__init__(
+            f"<div data-duge-slides {OURS}><p><b>{title}</b></p>"
             f'<input type="range" min="0" max="{len(labels) - 1}" value="0" style="width: min(28em, 90%)" '
-            f'aria-label="{title or "picture"}" aria-valuetext="{labels[0]}" oninput="{act}">'
-            f"<div><output>{labels[0]}</output></div>{images}</div>"
+            f'aria-label="{title or "picture"}" aria-valuetext="{first}" oninput="{act}">'
+            f"<div><output>{first}</output></div>{images}</div>"
         )
 
 
@@ -90,20 +81,15 @@ def layer_label(name: str) -> str:
     return part if part == "mid" or not numbers else f"{part} {'.'.join(numbers)}"
 
 
-# ---- numbers
-
-
 def _groups(trace: AttentionTrace) -> list[dict]:
     """What can be lit, in reading order: words (``nth`` of the same text), then special positions."""
-    known = [word.lower() for word in trace.words]
-    groups = [
-        {"text": text, "kind": "word", "nth": known[:i].count(known[i]), "at": [
-            k for k, t in enumerate(trace.tokens) if t.word == i]}
-        for i, text in enumerate(trace.words)
-    ]  # fmt: skip
+    known, groups = [word.lower() for word in trace.words], []
+    for i, text in enumerate(trace.words):
+        at = [k for k, token in enumerate(trace.tokens) if token.word == i]
+        groups.append({"text": text, "kind": "word", "nth": known[:i].count(known[i]), "at": at})
     for kind in ("start", "end", "pad"):
-        if at := [i for i, t in enumerate(trace.tokens) if t.kind == kind]:
-            groups.append({"text": trace.tokens[at[0]].text, "kind": kind, "nth": 0, "at": at})
+        if at := [k for k, token in enumerate(trace.tokens) if token.kind == kind]:
+            groups.append({"text": f"<{kind}>", "kind": kind, "nth": 0, "at": at})
     return groups
 
 
@@ -121,11 +107,10 @@ def _layers(
     """
     blocks: dict[str, list[np.ndarray]] = {}
     for name, maps in trace.maps.items():
-        maps = maps.mean(axis=1, dtype=np.float32) if trace.has_heads else maps  # (steps, T, h, w)
-        summed = np.stack([maps[:, g["at"]].sum(axis=1, dtype=np.float32) for g in groups], axis=1)
+        maps = maps.mean(axis=1, dtype=np.float32)  # (steps, T, h, w)
+        summed = np.stack([maps[:, g["at"]].sum(axis=1) for g in groups], axis=1)
         part = max(1, math.ceil(max(summed.shape[-2:]) / 16))
-        small = [math.ceil(side / part) for side in summed.shape[-2:]]
-        summed = _enlarge(summed, small, "area") if part > 1 else summed
+        summed = _enlarge(summed, [math.ceil(side / part) for side in summed.shape[-2:]], "area")
         blocks.setdefault(name.split(".transformer_blocks")[0], []).append(summed)
     merged = {name: np.mean(parts, axis=0) for name, parts in blocks.items()}
     largest = max((maps.shape[-2:] for maps in merged.values()), key=math.prod)
@@ -134,9 +119,6 @@ def _layers(
     fits = budget * count // max(1, sum(maps.size for maps in merged.values()))
     kept = np.linspace(count - 1, 0, min(count, max(4, fits))).round().astype(int)[::-1].tolist()
     return {name: maps[kept] for name, maps in merged.items()}, kept
-
-
-# ---- pictures
 
 
 def _uri(picture: bytes | Image.Image, side: int = 512) -> str:
@@ -161,28 +143,25 @@ def _sprite(maps: np.ndarray) -> dict:
     return {"sprite": _uri(image), "scale": [float(f"{s:.5g}") for s in scale], "h": h, "w": w}
 
 
-# ---- the page
-
-
 def _view(trace: AttentionTrace, budget: int) -> tuple[dict, list[str]]:
     """What the script is given about one trace, and notes for the reader."""
     groups = _groups(trace)
     layers, steps = _layers(trace, groups, budget)
-    finest, count, notes = max(trace.resolutions), len(trace.timesteps), []
+    count, notes = len(trace.timesteps), []
     if trace.cut:
         notes.append(f"The model never read the end of this prompt: {trace.cut!r}.")
-    if finest > 16:
+    if max(trace.resolutions) > 16:
         notes.append("Maps finer than 16x16 are shown as means over cells.")
     if len(steps) < count:
         notes.append(f"{len(steps)} of {count} steps are shown.")
-    words = [i for i, g in enumerate(groups) if g["kind"] == "word"]
     # Begin with the word that looks most sharply: articles look everywhere.
-    sharpness = [layers[""][:, i].mean(axis=0).max() / layers[""][:, i].mean() for i in words]
+    sharp = layers[""].mean(axis=0).max(axis=(1, 2)) / layers[""].mean(axis=(0, 2, 3))  # (G,)
+    start = max(range(len(groups)), key=lambda i: (groups[i]["kind"] == "word", sharp[i]))
     side = 64 if max(trace.image.size) <= 128 else 128
     return {
         "prompt": trace.prompt,
         "words": [{k: g[k] for k in ("text", "kind", "nth")} for g in groups],
-        "start": words[int(np.argmax(sharpness))] if words else 0,
+        "start": start,
         "steps": [{"index": i + 1, "t": trace.timesteps[i]} for i in steps],
         "total": count,
         "layers": [
@@ -205,16 +184,14 @@ def viewer_html(traces: Sequence[AttentionTrace], labels: Sequence[str] = ("",))
         "colors": "".join(f"{round(255 * c):02x}" for color in table for c in color),
     }
     pictures = "".join(
-        f'<img src="{_uri(t.image.convert("RGB"))}" width="256" style="margin-right: 8px" '
-        f'alt="{html.escape(f"{label} picture drawn from: {t.prompt}".strip())}">'
+        image_html(t.image.convert("RGB"), f"{label} picture drawn from: {t.prompt}".strip(), "width: 256px")
         for t, label in zip(traces, labels, strict=True)
     )
     ident = hashlib.sha256((json.dumps(data) + pictures).encode()).hexdigest()[:16]
     css, js = (files(__package__).joinpath(f"viewer.{kind}").read_text("utf-8") for kind in ("css", "js"))
     given = f"const ID = {_script(ident)}, DATA = {_script(data)};\nconst CSS = {_script(css)};"
     return (
-        f'<div data-duge="{ident}" data-lm-suppress-shortcuts="true">'
-        f"<p><b>{html.escape(traces[0].prompt)}</b></p>{pictures}"
+        f'<div data-duge="{ident}" {OURS}><p><b>{html.escape(traces[0].prompt)}</b></p>{pictures}'
         "<p>Run this cell to see where each word looks.</p></div>"
         f"<script>(() => {{\n{given}\n{js}\n}})();</script>"
     )

@@ -77,8 +77,8 @@ def test_a_sequence_is_measured_by_what_can_be_counted(pipe):
     assert tuple(matrix.columns) == duge.model_card(pipe).judged
     metrics = sequence.metrics(matrix)
     assert metrics["styles kept"].isna().all() and metrics[["UA", "objects kept"]].notna().all(axis=None)
-    app = erosion_timeline(sequence, matrix, ["orange"])
-    assert app.error is None and "styles" not in app.timeline.about(2)
+    timeline = erosion_timeline(sequence, matrix, ["orange"])
+    assert "styles" not in timeline.about(2)
 
 
 # Styles are plain English
