@@ -17,7 +17,7 @@ import torch
 from launched import EXACT, MEMORY
 
 import duge_lite as duge
-from duge_lite import processes
+from duge_lite import models as processes
 
 pytestmark = pytest.mark.xdist_group("processes")  # two of them are as many as there are workers
 
