@@ -46,7 +46,7 @@ def esd(negative_guidance: float = 1.0) -> tuple[Objective, UnlearnConfig]:
     def target(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
         return (other[0] - negative_guidance * (concept[0] - other[0]),)
 
-    objective = Objective("ESD-x", target, _error, "arXiv 2303.07345", half_drawn=3.0, empty=True)
+    objective = Objective("ESD-x", target, _error, half_drawn=3.0, empty=True)
     return objective, UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256)
 
 
@@ -57,26 +57,22 @@ def concept_ablation(anchor: str, lambda_prior: float = 0.0) -> tuple[Objective,
     concept, the target is the learning model's own answer for the anchor under a stopped gradient; keys and
     values learn.
     """
-    objective = Objective(
-        "concept ablation",
-        lambda concept, other, noise, config: other,
-        _error,
-        "arXiv 2303.13516",
-        of_instead=True,
-        moving=True,
-        trains=(".attn2.to_k", ".attn2.to_v"),
-    )
+
+    def target(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
+        return other
+
+    how = {"of_instead": True, "moving": True, "trains": (".attn2.to_k", ".attn2.to_v")}
+    objective = Objective("concept ablation", target, _error, **how)
     config = UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256)
     return objective, replace(config, lambda_prior=lambda_prior, instead=anchor)
 
 
 def gradient_ascent() -> tuple[Objective, UnlearnConfig]:
-    """A straw man: raise the denoising error on the concept's pictures. Nothing bounds it."""
+    """A straw man (folklore): raise the denoising error on the concept's pictures. Nothing bounds it."""
     objective = Objective(
         "gradient ascent",
         lambda concept, other, noise, config: (noise,),
         lambda predicted, wanted: -_error(predicted, wanted),
-        "folklore",
     )
     return objective, UnlearnConfig(**PLAIN, iterations=75, target_size=32, lessons=128, lr=1e-4)
 

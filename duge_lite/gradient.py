@@ -21,7 +21,7 @@ from .concepts import ModelCard
 from .config import UnlearnConfig
 from .errors import DivergedError, OutOfMemoryError
 from .losses import attention_target, cross_attention_loss, prior_preservation_loss, regularization_loss
-from .models import Pictures, draw_pictures, encode_prompts, overwrite, swapped
+from .models import Pictures, draw_pictures, encode_prompts, overwrite, sample, swapped
 
 Answer = tuple[Tensor, ...]
 """What an objective compares, of one pass over a batch: the predicted noise (B, 4, h, w) alone, or, of DUGE,
@@ -37,7 +37,6 @@ class Objective:
         target: what is wanted for a batch of pictures, from two answers (asked for the concept; asked for
             something instead), the true answer (the noise that was added) and the settings.
         loss: a scalar, from the learning model's answer and the target.
-        source: where it comes from.
         of_layers: the answer is what the layers wrote.
         half_drawn: noisy pictures are caught half-drawn, with this guidance; None: drawn, then noised.
         empty: what is asked instead is always the empty prompt.
@@ -49,7 +48,6 @@ class Objective:
     name: str
     target: Callable[[Answer, Answer, Tensor, UnlearnConfig], Answer]
     loss: Callable[[Answer, Answer], Tensor]
-    source: str
     of_layers: bool = False
     half_drawn: float | None = None
     empty: bool = False
@@ -63,29 +61,44 @@ def _away(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) 
     return tuple(attention_target(c, u, "negative", config.eta) for c, u in pairs)
 
 
-DUGE = Objective("DUGE", _away, cross_attention_loss, "arXiv 2503.13769; the target is ours", of_layers=True)
-"""The cross-attention loss: write, when the concept is named, what you would write if asked otherwise."""
+DUGE = Objective("DUGE", _away, cross_attention_loss, of_layers=True)
+"""The cross-attention loss: write, when the concept is named, what you would write if asked otherwise
+(arXiv 2503.13769; the target is ours)."""
 
 
 # ---- what is learned from
 
 
 @dataclass(frozen=True)
-class Noised:
-    """Pictures with noise and the text that belongs to them, before anybody was asked; all on the CPU.
+class Asked:
+    """Noisy pictures and the text that the denoiser is asked with; all on the CPU.
 
     Attributes:
         noisy: (n, 4, h, w).
         timesteps: (n,).
         encoder_hidden_states: (n, T, D).
-        truth: what a perfect model would answer, (n, 4, h, w): the noise, or the velocity in models that
-            predict that; zero where it is not known.
-        index: which picture each one was, (n,).
     """
 
     noisy: Tensor
     timesteps: Tensor
     encoder_hidden_states: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the denoiser takes, in its order."""
+        return self.noisy, self.timesteps, self.encoder_hidden_states
+
+
+@dataclass(frozen=True)
+class Noised(Asked):
+    """Pictures with noise, before anybody was asked.
+
+    Attributes:
+        truth: what a perfect model would answer, (n, 4, h, w): the noise, or the velocity in models that
+            predict that; zero where it is not known.
+        index: which picture each one was, (n,).
+    """
+
     truth: Tensor
     index: Tensor
 
@@ -105,69 +118,48 @@ class Noised:
 
     @classmethod
     def half_drawn(
-        cls,
-        pipe: StableDiffusionPipeline,
-        prompts: Sequence[str],
-        count: int,
-        seed: int,
-        generator: torch.Generator,
-        card: ModelCard,
-        guidance_scale: float,
-    ) -> Noised:
+        cls, pipe: StableDiffusionPipeline, prompts: Sequence[str], count: int, seed: int,
+        generator: torch.Generator, card: ModelCard, guidance_scale: float,
+    ) -> Noised:  # fmt: skip
         """``count`` moments of the drawing of ``prompts``, the first one too: as the sampler meets them."""
-        seen: list[Tensor] = []  # of every prompt and moment, (4, h, w)
+        met: list[Tensor] = []  # of every batch and moment, (B, 4, h, w)
 
         def look(unet: torch.nn.Module, args: tuple, kwargs: dict) -> None:
             latents = args[0] if args else kwargs["sample"]  # (2 B, 4, h, w): both halves are the same
-            moments.append(latents[: len(part)].float().cpu())
+            met.append(latents.chunk(2)[0].float().cpu())
 
         hook = pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
         try:
-            for start in range(0, len(prompts), card.batch_size):
-                part, moments = list(prompts[start : start + card.batch_size]), []
-                seeds = range(seed + start, seed + start + len(part))
-                pipe(
-                    part,
-                    num_inference_steps=card.sampling_steps,
-                    guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(own) for own in seeds],
-                    output_type="latent",
-                )
-                seen += torch.stack(moments, 1)  # (B, steps, 4, h, w)
+            how = {"guidance_scale": guidance_scale, "output_type": "latent", "card": card}
+            sample(pipe, prompts, seed, card.sampling_steps, **how)
         finally:
             hook.remove()
         times = pipe.scheduler.timesteps.long().cpu()
+        batches = (torch.stack(met[i : i + len(times)], 1) for i in range(0, len(met), len(times)))
         index = torch.arange(count) % len(prompts)
         when = torch.randint(len(times), (count,), generator=generator)
-        noisy = torch.stack(seen)[index, when]  # (n, 4, h, w)
+        noisy = torch.cat(list(batches))[index, when]  # (n, 4, h, w)
         return cls(noisy, times[when], encode_prompts(pipe, prompts)[index], torch.zeros_like(noisy), index)
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Noisy pictures, what the model is asked about them, and the answer that is wanted; all on the CPU.
+class Lessons(Asked):
+    """What the model is asked, and the answer that is wanted.
 
     Attributes:
-        noisy: (n, 4, h, w).
-        timesteps: (n,).
-        encoder_hidden_states: (n, T, D).
         wanted: tensors (n, ...).
         other: what is asked instead, (n, T, D), where the target moves.
     """
 
-    noisy: Tensor
-    timesteps: Tensor
-    encoder_hidden_states: Tensor
     wanted: Answer
     other: Tensor | None = None
 
     def batch(self, size: int, generator: torch.Generator, device: torch.device) -> Lessons:
         """``size`` random lessons on ``device``."""
         index = torch.randint(len(self.noisy), (size,), generator=generator)
-        parts = (self.noisy, self.timesteps, self.encoder_hidden_states)
-        wanted = tuple(w[index].to(device) for w in self.wanted)
+        parts = [x[index].to(device) for x in (*self.inputs, *self.wanted)]
         other = None if self.other is None else self.other[index].to(device)
-        return Lessons(*(x[index].to(device) for x in parts), wanted, other)
+        return Lessons(*parts[:3], tuple(parts[3:]), other)
 
 
 def watching(
@@ -189,13 +181,12 @@ def ask_about_concept(
     unet: torch.nn.Module, asked: Noised, other: Tensor, objective: Objective, config: UnlearnConfig
 ) -> Lessons:
     """The reference's answers about the concept; ``other`` (n, T, D) is the text that it is asked instead."""
-    inputs = (asked.noisy, asked.timesteps, asked.encoder_hidden_states)
     if objective.moving:
-        return Lessons(*inputs, (), other)
+        return Lessons(*asked.inputs, (), other)
     answers: Answer = ()
     for i in range(0, len(asked.noisy), config.batch_size):  # as many at once as in training
         part = slice(i, i + config.batch_size)
-        twice = (torch.cat([x[part]] * 2).to(unet.device) for x in inputs[:2])
+        twice = (torch.cat([x[part]] * 2).to(unet.device) for x in asked.inputs[:2])
         text = torch.cat([asked.encoder_hidden_states[part], other[part]]).to(unet.device)
         with watching(unet, objective, asked.noisy) as record:
             frozen = unet(*twice, text).sample
@@ -207,16 +198,15 @@ def ask_about_concept(
             answers = tuple(torch.empty(shape, dtype=frozen.dtype) for shape in shapes)
         for answer, target in zip(answers, targets, strict=True):
             answer[part] = target
-    return Lessons(*inputs, answers)
+    return Lessons(*asked.inputs, answers)
 
 
 @torch.no_grad()
 def ask_about_memory(unet: torch.nn.Module, asked: Noised, size: int) -> Lessons:
     """What the prior loss wants for memory pictures, ``size`` at once: the reference's own prediction."""
-    inputs = (asked.noisy, asked.timesteps, asked.encoder_hidden_states)
-    batches = zip(*(x.split(size) for x in inputs), strict=True)
+    batches = zip(*(x.split(size) for x in asked.inputs), strict=True)
     answers = [unet(*(x.to(unet.device) for x in batch)).sample.cpu() for batch in batches]
-    return Lessons(*inputs, (torch.cat(answers),))
+    return Lessons(*asked.inputs, (torch.cat(answers),))
 
 
 # ---- the weights meanwhile
@@ -306,9 +296,8 @@ def batch_losses(
         with torch.no_grad():
             now = (unet(forget.noisy, forget.timesteps, forget.other).sample,)
         wanted = objective.target(now, now, now[0], config)
-    names = ("noisy", "timesteps", "encoder_hidden_states")
-    inputs = (torch.cat([getattr(part, name) for part in (forget, keep) if part]) for name in names)
-    noise_pred = unet(*inputs).sample  # (b + m, 4, h, w)
+    both = zip(*(part.inputs for part in (forget, keep) if part), strict=True)
+    noise_pred = unet(*map(torch.cat, both)).sample  # (b + m, 4, h, w)
     size = len(forget.noisy)
     loss = objective.loss(answered(noise_pred, record, slice(size)), wanted)
     if record is not None:
@@ -389,13 +378,18 @@ def gradient_steps(
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 if not scaler.is_enabled() or not torch.isfinite(loss):  # a scaler skips steps that overflow
-                    _check_finite(losses, norm, step, config)
+                    _check_finite(
+                        dict(zip(_NAMES, losses, strict=True)) | {"the gradient": norm}, step, config
+                    )
                 scaler.step(optimizer)
                 scaler.update()
+                _check_finite(
+                    {"the sum of the weights": sum(p.sum() for p in trained.values())}, step, config
+                )
                 if step == config.iterations:  # no later loss would show what the last step did
                     with torch.no_grad(), watching(unet, objective, target.noisy) as record, mixed:
                         last = batch_losses(unet, forget, keep, objective, record, config)
-                    _check_finite(last, torch.zeros(()), step, config)
+                    _check_finite(dict(zip(_NAMES, last, strict=False)), step, config)
                 with rounded(trained, stored):
                     values = [float(v.detach()) for v in (loss, *losses)]
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
@@ -411,10 +405,11 @@ def gradient_steps(
             ) from error
 
 
-def _check_finite(losses: Sequence[Tensor], norm: Tensor, step: int, config: UnlearnConfig) -> None:
-    names = ("objective's", "prior", "regularization")
-    found = {f"the {n} loss": v for n, v in zip(names, losses, strict=False)} | {"the gradient": norm}
-    if bad := [f"{what} is {v.item()}" for what, v in found.items() if not torch.isfinite(v)]:
+_NAMES = ("the objective's loss", "the prior loss", "the regularization loss")
+
+
+def _check_finite(found: Mapping[str, Tensor], step: int, config: UnlearnConfig) -> None:
+    if bad := [f"{what} is {value.item()}" for what, value in found.items() if not torch.isfinite(value)]:
         raise DivergedError(
             f"{bad[0]} at iteration {step}; the weights are back as they were. "
             f"Lower lr (now {config.lr}) or the loss's weight."

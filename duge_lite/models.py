@@ -155,9 +155,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    model: str | Path = "doodle",
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    model: str | Path = "doodle", device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """Loads a text-to-image pipeline, ready to sample: Stable Diffusion 1.x or 2.x, or XL to look at.
 

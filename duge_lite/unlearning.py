@@ -102,10 +102,11 @@ class UnlearningRun:
         scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
         generator = torch.Generator().manual_seed(self.config.seed + 1)
         asked = Noised.of(book.pictures(self.pipe, stay), count, scheduler, generator)
-        noisy, text = (x.to(unet.device, unet.dtype) for x in (asked.noisy, asked.encoder_hidden_states))
-        now = unet(noisy, asked.timesteps.to(unet.device), text).sample.float()
+        dtypes = (unet.dtype, torch.long, unet.dtype)
+        inputs = [x.to(unet.device, dtype) for x, dtype in zip(asked.inputs, dtypes, strict=True)]
+        now = unet(*inputs).sample.float()
         with book.at_base(self.pipe):
-            was = unet(noisy, asked.timesteps.to(unet.device), text).sample.float()
+            was = unet(*inputs).sample.float()
         error = float((now - was).square().mean())
         return pd.Series({"prior": error, "share": error / float(was.square().mean())})
 
