@@ -34,6 +34,7 @@ def test_losses_by_hand(method, expected):
     assert float(objective.loss(learner, wanted)) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @each
 def test_none_gets_our_losses_and_its_own_falls(tiny_pipe, method):
     objective, config = method

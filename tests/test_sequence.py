@@ -23,7 +23,9 @@ from duge_lite.evaluation import sequence_metrics
 from duge_lite.sequence import sequence_steps, unlearn_sequence
 
 THREE = ("apple", "car", "neon")
-BOTH = pytest.mark.parametrize("config", [EXACT, GRADIENT], ids=["exact", "gradient"])
+BOTH = pytest.mark.parametrize(
+    "config", [EXACT, pytest.param(GRADIENT, marks=pytest.mark.slow)], ids=["exact", "gradient"]
+)
 
 
 def forget(pipe, concepts=THREE, config=EXACT, directory=None, memory=MEMORY, **how):
@@ -68,7 +70,7 @@ def test_a_request_that_changes_nothing_keeps_those_before(tiny_pipe):
 @pytest.mark.parametrize(
     ("kind", "config"),
     [(RuntimeError, EXACT), (asyncio.CancelledError, EXACT), (KeyboardInterrupt, EXACT),
-     (SystemExit, GRADIENT)],
+     pytest.param(SystemExit, GRADIENT, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_what_was_interrupted_goes_on_to_the_same_weights(
     tiny_pipe, fresh, tmp_path, kind, config, monkeypatch
@@ -97,6 +99,7 @@ def test_what_was_interrupted_goes_on_to_the_same_weights(
     assert list(sequence.history.index.get_level_values("request").unique()) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_stop_button_takes_back_the_unfinished_request(tiny_pipe, tmp_path):
     def press(state, seen=[]):  # noqa: B006
         seen.append(state)
@@ -110,8 +113,7 @@ def test_the_stop_button_takes_back_the_unfinished_request(tiny_pipe, tmp_path):
     assert not changed(forget(tiny_pipe, ["apple"], GRADIENT, tmp_path).pipe, stopped)
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
-@pytest.mark.parametrize("middle", ["car", "house"])
+@pytest.mark.parametrize(("where", "middle"), [("memory", "house"), ("disk", "car")])
 def test_a_request_that_is_withdrawn_was_never_made(tiny_pipe, fresh, tmp_path, where, middle):
     folder, other = (tmp_path / "a" if where == "disk" else None), fresh()
     sequence = forget(tiny_pipe, ("apple", middle, "neon"), directory=folder)

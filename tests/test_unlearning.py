@@ -22,7 +22,9 @@ from duge_lite.gradient import DUGE
 from duge_lite.models import draw_pictures
 from duge_lite.unlearning import UnlearningRun, unlearn_steps
 
-BOTH = pytest.mark.parametrize("config", [EXACT, GRADIENT], ids=["exact", "gradient"])
+BOTH = pytest.mark.parametrize(
+    "config", [EXACT, pytest.param(GRADIENT, marks=pytest.mark.slow)], ids=["exact", "gradient"]
+)
 
 
 def footprint(pipe) -> list:
@@ -172,6 +174,7 @@ def test_the_noise_is_checked_that_nobody_optimised(tiny_pipe, forget):
 # The gradient solver
 
 
+@pytest.mark.slow
 def test_the_attention_loss_falls_by_cross_attention_alone(tiny_pipe, forget):
     before = weights(tiny_pipe)
     history = forget(iterations=12, lambda_prior=0.0).history
@@ -193,6 +196,7 @@ def test_the_history_is_what_on_step_saw(tiny_pipe, forget):
 LAMBDAS = ["lambda_attention", "lambda_prior", "lambda_regularization"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", LAMBDAS)
 def test_each_loss_counts_and_can_be_switched_off(tiny_pipe, forget, off):
     losses, before, ends = dict.fromkeys(LAMBDAS, 0.0), weights(tiny_pipe), []
@@ -205,6 +209,7 @@ def test_each_loss_counts_and_can_be_switched_off(tiny_pipe, forget, off):
     assert distance(*ends) > 0
 
 
+@pytest.mark.slow
 def test_pictures_can_be_drawn_along_the_way(tiny_pipe, forget):
     """A live preview shows the model that learns, and changes nothing."""
     run, previews = forget(iterations=3), []
@@ -214,6 +219,7 @@ def test_pictures_can_be_drawn_along_the_way(tiny_pipe, forget):
     assert torch.equal(previews[-1], look(tiny_pipe)) and not torch.equal(previews[0], previews[1])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_pipe, forget):
     plain, learned = forget(iterations=3), weights(tiny_pipe)
     plain.restore()
@@ -222,6 +228,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_pipe, forget):
     assert distance(weights(tiny_pipe), learned) < 1e-4
 
 
+@pytest.mark.slow
 def test_earlier_requests_are_looked_back_at(tiny_pipe, forget, monkeypatch):
     seen = []
 
@@ -309,6 +316,7 @@ def test_an_interruption_after_the_weights_were_written(tiny_pipe, forget, confi
     assert not changed(tiny_pipe, before)
 
 
+@pytest.mark.slow
 def test_the_stop_button_keeps_what_was_learned(tiny_pipe, forget):
     before, state = weights(tiny_pipe), footprint(tiny_pipe)
 
@@ -353,6 +361,7 @@ def test_out_of_memory_says_what_to_lower(tiny_pipe, monkeypatch):
     assert not changed(tiny_pipe, before) and footprint(tiny_pipe) == state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("iterations", [1, 5])
 def test_a_learning_rate_too_high_is_undone(tiny_master, forget, iterations, dtype):
@@ -387,6 +396,7 @@ def copy_of(pipe, dtype: torch.dtype):
 SLOW16 = pytest.param(torch.float16, marks=pytest.mark.slow)  # few processors multiply these quickly
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, SLOW16])
 def test_sixteen_bits_follow_the_path_of_32(tiny_master, forget, dtype):
     """What is trained is in 32 bits meanwhile, whatever the pipeline stores; fp16 with a scaler."""
