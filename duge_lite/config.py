@@ -68,6 +68,8 @@ class UnlearnConfig:
                     continue
                 if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
                     raise ValueError(f"{name} = {value!r}: expected {expected}")
+        if self.lessons < self.target_size:  # some pictures would never be learned from
+            raise ValueError(f"lessons = {self.lessons}: expected at least target_size, {self.target_size}")
 
     @property
     def weights(self) -> tuple[float, float, float]:

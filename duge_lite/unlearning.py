@@ -335,14 +335,19 @@ def _steps(
     ends, keep = book.wishes(pipe, gone)
     earlier = gone[: len(gone) - len(concepts)]
     old = round(config.revisit * config.target_size) if earlier else 0
-    asks = _share([[(p, ends[p]) for p in c.prompts] for c in concepts], config.target_size - old)
+    if (own := config.target_size - old) < len(concepts):
+        raise ValueError(
+            f"target_size = {config.target_size}, of which {old} show earlier requests (revisit): expected "
+            f"at least a picture for each of {len(concepts)} concepts"
+        )
+    asks = _share([[(p, ends[p]) for p in c.prompts] for c in concepts], own)
     asks += _share([[(p, ends[p]) for p in c.prompts] for c in earlier], old)
     memory = None
     if objective is DUGE or config.weights[1]:  # DUGE tells the prior loss even where it does not count
         memory = book.pictures(pipe, keep[: config.memory_size or GRADIENT_MEMORY])
     seed = zlib.crc32(f"{config.seed} {concepts[0].name}".encode())  # of the request
-    own = replace(config, seed=seed % 1_000_000)
-    yield from gradient_steps(pipe, asks, memory, own, book.card, book.reference, objective)
+    config = replace(config, seed=seed % 1_000_000)
+    yield from gradient_steps(pipe, asks, memory, config, book.card, book.reference, objective)
 
 
 def _share(groups: Sequence[Sequence], count: int) -> list:

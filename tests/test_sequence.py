@@ -54,8 +54,10 @@ def test_any_model_along_the_way_can_be_opened(tiny_pipe, config, tmp_path):
         assert not changed(so_far.pipeline(at=at), after[at])
     with pytest.raises(ValueError, match=r"at = 4: expected a number from 0 \(the base\) to 3"):
         so_far.pipeline(at=4)
-    for k in (3, 2, 1):  # and each run is undone by itself
+    for k in (3, 2, 1):  # and each run is undone by itself; its old weights are on disk, mapped
         so_far.pipeline(at=k)
+        first, *_ = so_far.runs[k - 1].before.maps
+        assert first is ([so_far.base, *so_far._after][k - 1]) and so_far.base is so_far.runs[0].base
         so_far.runs[k - 1].restore()
         assert not changed(tiny_pipe, after[k - 1])
 

@@ -68,6 +68,7 @@ def look(pipe, prompt="a photo of an apple") -> torch.Tensor:
         ("lambda_regularization", math.nan, "lambda_regularization = nan"),
         ("eta", "1", "eta = '1': expected 0"),
         ("revisit", 1.0, "revisit = 1.0: expected a share"),
+        ("lessons", 9, "lessons = 9: expected at least target_size, 10"),
         ("instead", None, "instead = None: expected"),
     ],
 )
@@ -116,6 +117,8 @@ def test_a_wrong_combination_teaches(tiny_pipe, forget):
         forget(what=["apple", "car", "apple"])
     with pytest.raises(ValueError, match='the exact solver has no steps.*solver="gradient"'):
         next(unlearn_steps(tiny_pipe, "apple", EXACT))
+    with pytest.raises(ValueError, match="target_size = 2, .* for each of 3 concepts"):
+        forget(what=["apple", "car", "harp"])
     with pytest.raises(ValueError, match="objective 'ESD-x' goes with"):
         duge.unlearn(tiny_pipe, "apple", EXACT, objective=baselines.esd()[0])
 
@@ -238,7 +241,7 @@ def test_earlier_requests_are_looked_back_at(tiny_pipe, forget, monkeypatch):
 
     monkeypatch.setattr(gradient, "draw_pictures", spy)
     forget(EXACT)
-    forget(what="car", target_size=6, revisit=0.5)
+    forget(what="car", target_size=6, lessons=6, revisit=0.5)
     assert [sum("car" in p for p in seen[0]), sum("apple" in p for p in seen[0])] == [3, 3]
 
 
