@@ -17,12 +17,12 @@ import diffusers as _diffusers  # noqa: E402
 _diffusers.StableDiffusionPipeline  # noqa: B018 (imported lazily: touch it while it is quiet)
 _logging.set_verbosity(_verbosity)
 
-from . import checks, doodles, errors, losses, processes  # noqa: E402
+from . import checks, doodles, errors, losses  # noqa: E402
 from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
 from .concepts import Concept, ModelCard, model_card  # noqa: E402
 from .config import UnlearnConfig  # noqa: E402
 from .evaluation import Judge, evaluate  # noqa: E402
-from .models import data_dir, load_oracle, load_pipeline, results_dir, sample  # noqa: E402
+from .models import data_dir, is_main, load_oracle, load_pipeline, results_dir, sample  # noqa: E402
 from .sequence import UnlearningSequence, unlearn_sequence  # noqa: E402
 from .unlearning import UnlearningRun, unlearn, unlearn_steps  # noqa: E402
 from .viewer import compare  # noqa: E402
@@ -30,17 +30,13 @@ from .viewer import compare  # noqa: E402
 __version__ = "0.2.0"
 __all__ = [
     "AttentionTrace", "Concept", "Judge", "ModelCard", "UnlearnConfig", "UnlearningRun", "UnlearningSequence",
-    "checks", "compare",
-    "data_dir", "doodles", "edit_attention", "errors", "evaluate", "load_oracle", "load_pipeline", "losses",
-    "model_card", "processes", "record_attention", "results_dir", "sample", "trace", "unlearn",
-    "unlearn_sequence", "unlearn_steps",
+    "checks", "compare", "data_dir", "doodles", "edit_attention", "errors", "evaluate", "is_main",
+    "load_oracle", "load_pipeline", "losses", "model_card", "record_attention", "results_dir", "sample",
+    "trace", "unlearn", "unlearn_sequence", "unlearn_steps",
 ]  # fmt: skip
 
 
 def __getattr__(name: str):
-    if name in (
-        "figures",
-        "widgets",
-    ):  # when they are asked for: ipywidgets and figures take a while to import
+    if name in ("figures", "widgets"):  # when they are asked for: they take a while to import
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

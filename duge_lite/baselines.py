@@ -18,20 +18,20 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from .concepts import Concept, ModelCard, model_card
+from .concepts import Concept, ModelCard
 from .config import UnlearnConfig
-from .gradient import Objective, Pass
+from .gradient import Answer, Objective
 from .losses import prior_preservation_loss
 from .models import encode_prompts, overwrite
-from .solver import PictureBook, cross_attention_weights, fingerprint
+from .solver import PictureBook, cross_attention_weights
 from .unlearning import UnlearningRun, resolve
 
 PLAIN = {"solver": "gradient", "lambda_attention": 1.0, "lambda_prior": 0.0, "lambda_regularization": 0.0}
 PLAIN |= {"revisit": 0.0, "instead": "nameless"}
 
 
-def _predicts(learner: Pass, wanted: tuple[Tensor, ...]) -> Tensor:
-    return prior_preservation_loss(learner.noise_pred, wanted[0])
+def _error(predicted: Answer, wanted: Answer) -> Tensor:
+    return prior_preservation_loss(predicted[0], wanted[0])
 
 
 def esd(negative_guidance: float = 1.0) -> tuple[Objective, UnlearnConfig]:
@@ -43,10 +43,10 @@ def esd(negative_guidance: float = 1.0) -> tuple[Objective, UnlearnConfig]:
     pictures are the reference's, not those of the model as it changes, in batches of 8 and not one by one.
     """
 
-    def target(concept: Pass, other: Pass, noise: Tensor, config: UnlearnConfig) -> tuple[Tensor, ...]:
-        return (other.noise_pred - negative_guidance * (concept.noise_pred - other.noise_pred),)
+    def target(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
+        return (other[0] - negative_guidance * (concept[0] - other[0]),)
 
-    objective = Objective("ESD-x", target, _predicts, "arXiv 2303.07345", half_drawn=3.0, empty=True)
+    objective = Objective("ESD-x", target, _error, half_drawn=3.0, empty=True)
     return objective, UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256)
 
 
@@ -58,23 +58,21 @@ def concept_ablation(anchor: str, lambda_prior: float = 0.0) -> tuple[Objective,
     values learn.
     """
 
-    def target(concept: Pass, other: Pass, noise: Tensor, config: UnlearnConfig) -> tuple[Tensor, ...]:
-        return (other.noise_pred,)
+    def target(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
+        return other
 
-    objective = Objective(
-        "concept ablation", target, _predicts, "arXiv 2303.13516", of_instead=True, moving=True
-    )
-    config = UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256, train="kv")
+    how = {"of_instead": True, "moving": True, "trains": (".attn2.to_k", ".attn2.to_v")}
+    objective = Objective("concept ablation", target, _error, **how)
+    config = UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256)
     return objective, replace(config, lambda_prior=lambda_prior, instead=anchor)
 
 
 def gradient_ascent() -> tuple[Objective, UnlearnConfig]:
-    """A straw man: raise the denoising error on the concept's pictures. Nothing bounds it."""
+    """A straw man (folklore): raise the denoising error on the concept's pictures. Nothing bounds it."""
     objective = Objective(
         "gradient ascent",
         lambda concept, other, noise, config: (noise,),
-        lambda learner, wanted: -_predicts(learner, wanted),
-        "folklore",
+        lambda predicted, wanted: -_error(predicted, wanted),
     )
     return objective, UnlearnConfig(**PLAIN, iterations=75, target_size=32, lessons=128, lr=1e-4)
 
@@ -106,8 +104,7 @@ def uce(
     started = time.perf_counter()
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge = {ridge}: expected 0 or more")
-    card = card or model_card(pipe)
-    goes = resolve(pipe, concept, card)
+    card, config, goes = resolve(pipe, concept, card)
     own = {c.name for c in goes}
     names = [c for c in card.forgettable if c not in own] if preserve is None else list(preserve)
     if styled:
@@ -117,24 +114,20 @@ def uce(
         kept = [p for name in names for p in card.prompts(card.check(name)) if p not in asked]
         c, a, p = (encode_prompts(pipe, texts).double().flatten(0, 1) for texts in (asked, others, kept))
     else:
-        c, a = _last_tokens(pipe, [c.name for c in goes]), _last_tokens(pipe, [anchor] * len(goes))
-        p = _last_tokens(pipe, names)
+        texts = [c.name for c in goes], [anchor] * len(goes), names
+        c, a, p = (_last_tokens(pipe, part) for part in texts)
     eye = torch.eye(c.shape[1], dtype=torch.float64)
     right = c.T @ c + p.T @ p + ridge * eye  # (D, D)
     left = a.T @ c + p.T @ p + ridge * eye
     change = torch.linalg.solve(right, left.T).T  # W = W0 @ left @ right^-1
-    book = PictureBook.known(pipe)
-    base, gone = (book.reference, book.gone(pipe)) if book else ({}, ())
-    parameters = cross_attention_weights(pipe.unet)
-    base = base or {n: w.detach().cpu().clone() for n, w in parameters.items()}
-    matrices = {n: w for n, w in parameters.items() if n.endswith((".to_k.weight", ".to_v.weight"))}
-    before = {n: w.detach().cpu().clone() for n, w in matrices.items()}
-    overwrite(matrices, {n: w.double().cpu() @ change for n, w in matrices.items()})
-    if book:
-        book.gone_at.setdefault(fingerprint(pipe), (*gone, *goes))
-    history = pd.DataFrame(index=pd.Index([], name="layer"))
-    seconds = time.perf_counter() - started
-    return UnlearningRun(pipe, goes, UnlearnConfig(), history, seconds, before, base, "UCE")
+    book = PictureBook.known(pipe) or PictureBook.of(pipe, card, config)[0]
+    gone, weights = book.gone(pipe), cross_attention_weights(pipe.unet)
+    weights = {n: w for n, w in weights.items() if n.endswith((".to_k.weight", ".to_v.weight"))}
+    before = {n: w.detach().cpu().clone() for n, w in weights.items()}
+    overwrite(weights, {n: w.double().cpu() @ change for n, w in weights.items()})
+    book.remember(pipe, (*gone, *goes))
+    history, seconds = pd.DataFrame().rename_axis("layer"), time.perf_counter() - started
+    return UnlearningRun(pipe, goes, config, history, seconds, before, book.reference, "UCE")
 
 
 def _last_tokens(pipe: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,10 +30,9 @@ class Concept:
     Attributes:
         name: what it is called, in tables and in prompts.
         prompts: how it is asked for; these are what unlearning sees.
-        instead: what the reference is asked in the place of each prompt, as many as there are prompts; empty
-            for a concept of the model's card: then the nearest kept one is chosen when it is forgotten.
+        instead: what the reference is asked in the place of each prompt, as many as there are prompts; empty:
+            the nearest concept that stays is chosen when it is forgotten.
         labels: what a judge may call it; nothing when no judge knows it.
-        style: whether it is a style of the model's card.
 
     Raises ValueError for a concept without prompts, or with another number of ``instead``.
     """
@@ -42,7 +41,6 @@ class Concept:
     prompts: tuple[str, ...]
     instead: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    style: bool = False
 
     def __post_init__(self) -> None:
         for part in ("prompts", "instead", "labels"):
@@ -53,16 +51,17 @@ class Concept:
         if not self.prompts:
             raise ValueError(f"the concept {self.name!r} has no prompts: expected at least one way to ask")
         if len(self.instead) not in (0, len(self.prompts)):
-            raise ValueError(
-                f"{self.name!r} has {len(self.prompts)} prompts and {len(self.instead)} to ask instead: "
-                "expected one each"
-            )
+            count = f"{len(self.prompts)} prompts and {len(self.instead)} to ask instead"
+            raise ValueError(f"{self.name!r} has {count}: expected one each")
 
     def named_in(self, prompt: str) -> bool:
         """Whether ``prompt`` asks for it: one of its prompts, or its name as whole words anywhere."""
-        return prompt in self.prompts or bool(
-            re.search(rf"(?<!\w){re.escape(self.name)}(?!\w)", prompt, re.I)
-        )
+        whole = rf"(?<!\w){re.escape(self.name)}(?!\w)"
+        return prompt in self.prompts or bool(re.search(whole, prompt, re.I))
+
+    def pair(self, others: Sequence[str]) -> Sequence[str]:
+        """One of ``others`` for each prompt; the first for all, where the prompts are its own."""
+        return others if len(others) == len(self.prompts) else [others[0]] * len(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -179,30 +178,38 @@ class ModelCard:
             raise UnknownConceptError(concept, self.forgettable)
         return concept
 
-    def concept(self, what: str | Concept) -> Concept:
+    def concept(self, what: str | Concept, instead: str = "nearest") -> Concept:
         """The door: a name of the card, a :class:`Concept`, or, on a model of open words, any words.
 
-        Raises UnknownConceptError for a word that the model never read, TypeError for anything but a text or
-        a Concept.
+        ``instead`` is that of the settings, for what does not say itself what is asked in its place. Raises
+        UnknownConceptError for a word that the model never read, ValueError where ``instead`` is a style,
+        TypeError for anything but a text or a Concept.
         """
-        if isinstance(what, Concept):
-            return what
-        if not isinstance(what, str):
-            raise TypeError(
-                f"{what!r} is no concept: expected its name, or duge.Concept(name, prompts=[...])"
-            )
-        name = what.strip()
-        if name in self.forgettable:
-            is_style, prompts, plain = name in self.styles, self.prompts(name), ()
-            if is_style:  # it also goes where no object is named, and is asked for plainly instead
-                prompts, plain = (
-                    [*prompts, captions.nameless(name)],
-                    [*self.nameless(name), captions.nameless()],
-                )
-            return Concept(name, prompts, plain, self.labels.get(name, ()), is_style)
-        if not self.open_words or not name:
-            raise UnknownConceptError(name, self.forgettable)
-        return Concept(name, self.prompts(name), self.nameless(name))
+        if isinstance(what, str):
+            concept = self._named(what.strip())
+        elif isinstance(what, Concept):
+            concept = what
+        else:
+            raise TypeError(f"{what!r} is no concept: expected a name, or duge.Concept(name, prompts=[...])")
+        if concept.instead or instead == "nearest":
+            return concept
+        if instead in self.styles:
+            raise ValueError(f"instead = {instead!r} is a style: expected an object")
+        others = self.nameless(concept.name) if instead == "nameless" else self.concept(instead).prompts
+        return replace(concept, instead=concept.pair(others))
+
+    def _named(self, words: str) -> Concept:
+        name = next((n for n in self.forgettable if n.casefold() == words.casefold()), None)
+        if name is None and (not self.open_words or not words):
+            raise UnknownConceptError(words, self.forgettable)
+        if name is None:
+            return Concept(words, self.prompts(words), self.nameless(words))
+        labels, prompts = self.labels.get(name, ()), self.prompts(name)
+        if name not in self.styles:
+            return Concept(name, prompts, (), labels)
+        # a style also goes where no object is named; it is asked for plainly instead
+        plainly = [*self.nameless(name), captions.nameless()]
+        return Concept(name, [*prompts, captions.nameless(name)], plainly, labels)
 
     def memory_prompts(self, size: int | None = None, seed: int = 0) -> list[str]:
         """What is to stay: ``size`` prompts, spread over concepts and styles evenly; by default all of them.
@@ -214,14 +221,9 @@ class ModelCard:
             [items[i] for i in torch.randperm(len(items), generator=generator)]
             for items in (self.concepts, self.styles)
         )
-        rounds = [(turn, i) for turn in range(len(styles)) for i in range(len(names))]
-        named = [self.prompt(names[i], styles[(i + turn) % len(styles)]) for turn, i in rounds]
-        nameless = [*map(captions.nameless, self.styles), ""]
-        if size is None:
-            return named + nameless
-        if size < 1:
-            raise ValueError(f"memory_size = {size}: expected at least one picture of something that stays")
-        return named[:size]
+        turns, count = range(len(styles)), len(styles)
+        named = [self.prompt(n, styles[(i + turn) % count]) for turn in turns for i, n in enumerate(names)]
+        return [*named, *map(captions.nameless, self.styles), ""] if size is None else named[:size]
 
 
 def model_card(pipe: DiffusionPipeline) -> ModelCard:

@@ -18,30 +18,87 @@ from torch import Tensor
 
 from .attention import AttentionRecorder, record_attention
 from .concepts import ModelCard
-from .config import TRAINABLE, UnlearnConfig
+from .config import UnlearnConfig
 from .errors import DivergedError, OutOfMemoryError
 from .losses import attention_target, cross_attention_loss, prior_preservation_loss, regularization_loss
-from .models import Pictures, draw_pictures, encode_prompts, swapped
+from .models import Pictures, draw_pictures, encode_prompts, overwrite, sample, swapped
 
-# ---------------------------------------------------------------------------- what is learned from
+Answer = tuple[Tensor, ...]
+"""What an objective compares, of one pass over a batch: the predicted noise (B, 4, h, w) alone, or, of DUGE,
+what every cross-attention layer wrote (B, H*W, C)."""
 
 
 @dataclass(frozen=True)
-class Noised:
-    """Pictures with noise and the text that belongs to them, before anybody was asked; all on the CPU.
+class Objective:
+    """How a method forgets; pictures, memory and budget are shared by all of them.
+
+    Attributes:
+        name: for tables.
+        target: what is wanted for a batch of pictures, from two answers (asked for the concept; asked for
+            something instead), the true answer (the noise that was added) and the settings.
+        loss: a scalar, from the learning model's answer and the target.
+        of_layers: the answer is what the layers wrote.
+        half_drawn: noisy pictures are caught half-drawn, with this guidance; None: drawn, then noised.
+        empty: what is asked instead is always the empty prompt.
+        of_instead: the pictures show what is asked instead, not the concept.
+        moving: the target is what the learning model itself says by now, and not the frozen reference.
+        trains: the weights that learn have one of these in their names.
+    """
+
+    name: str
+    target: Callable[[Answer, Answer, Tensor, UnlearnConfig], Answer]
+    loss: Callable[[Answer, Answer], Tensor]
+    of_layers: bool = False
+    half_drawn: float | None = None
+    empty: bool = False
+    of_instead: bool = False
+    moving: bool = False
+    trains: tuple[str, ...] = (".attn2.",)
+
+
+def _away(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
+    pairs = zip(concept, other, strict=True)
+    return tuple(attention_target(c, u, "negative", config.eta) for c, u in pairs)
+
+
+DUGE = Objective("DUGE", _away, cross_attention_loss, of_layers=True)
+"""The cross-attention loss: write, when the concept is named, what you would write if asked otherwise
+(arXiv 2503.13769; the target is ours)."""
+
+
+# ---- what is learned from
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Noisy pictures and the text that the denoiser is asked with; all on the CPU.
 
     Attributes:
         noisy: (n, 4, h, w).
         timesteps: (n,).
         encoder_hidden_states: (n, T, D).
-        truth: what a perfect model would answer, (n, 4, h, w): the noise, or the velocity in models that
-            predict that; zero where it is not known.
-        index: which picture each one was, (n,).
     """
 
     noisy: Tensor
     timesteps: Tensor
     encoder_hidden_states: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the denoiser takes, in its order."""
+        return self.noisy, self.timesteps, self.encoder_hidden_states
+
+
+@dataclass(frozen=True)
+class Noised(Asked):
+    """Pictures with noise, before anybody was asked.
+
+    Attributes:
+        truth: what a perfect model would answer, (n, 4, h, w): the noise, or the velocity in models that
+            predict that; zero where it is not known.
+        index: which picture each one was, (n,).
+    """
+
     truth: Tensor
     index: Tensor
 
@@ -61,152 +118,62 @@ class Noised:
 
     @classmethod
     def half_drawn(
-        cls,
-        pipe: StableDiffusionPipeline,
-        prompts: Sequence[str],
-        count: int,
-        seed: int,
-        generator: torch.Generator,
-        card: ModelCard,
-        guidance_scale: float,
-    ) -> Noised:
+        cls, pipe: StableDiffusionPipeline, prompts: Sequence[str], count: int, seed: int,
+        generator: torch.Generator, card: ModelCard, guidance_scale: float,
+    ) -> Noised:  # fmt: skip
         """``count`` moments of the drawing of ``prompts``, the first one too: as the sampler meets them."""
-        seen: list[Tensor] = []  # of every prompt and moment, (4, h, w)
+        met: list[Tensor] = []  # of every batch and moment, (B, 4, h, w)
 
         def look(unet: torch.nn.Module, args: tuple, kwargs: dict) -> None:
             latents = args[0] if args else kwargs["sample"]  # (2 B, 4, h, w): both halves are the same
-            moments.append(latents[: len(part)].float().cpu())
+            met.append(latents.chunk(2)[0].float().cpu())
 
         hook = pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
         try:
-            for start in range(0, len(prompts), card.batch_size):
-                part, moments = list(prompts[start : start + card.batch_size]), []
-                seeds = range(seed + start, seed + start + len(part))
-                pipe(
-                    part,
-                    num_inference_steps=card.sampling_steps,
-                    guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(own) for own in seeds],
-                    output_type="latent",
-                )
-                seen += torch.stack(moments, 1)  # (B, steps, 4, h, w)
+            how = {"guidance_scale": guidance_scale, "output_type": "latent", "card": card}
+            sample(pipe, prompts, seed, card.sampling_steps, **how)
         finally:
             hook.remove()
         times = pipe.scheduler.timesteps.long().cpu()
+        batches = (torch.stack(met[i : i + len(times)], 1) for i in range(0, len(met), len(times)))
         index = torch.arange(count) % len(prompts)
         when = torch.randint(len(times), (count,), generator=generator)
-        noisy = torch.stack(seen)[index, when]  # (n, 4, h, w)
-        text = encode_prompts(pipe, prompts)[index]
-        return cls(noisy, times[when], text, torch.zeros_like(noisy), index)
-
-
-# ---------------------------------------------------------------------------- what is asked for
+        noisy = torch.cat(list(batches))[index, when]  # (n, 4, h, w)
+        return cls(noisy, times[when], encode_prompts(pipe, prompts)[index], torch.zeros_like(noisy), index)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One forward pass over pictures of the concept.
+class Lessons(Asked):
+    """What the model is asked, and the answer that is wanted.
 
     Attributes:
-        noise_pred: (B, 4, h, w).
-        layers: per cross-attention layer its maps (B, heads, H*W, T) or, with ``match="output"``, what it
-            wrote (B, H*W, C); empty when the objective does not look at attention.
-    """
-
-    noise_pred: Tensor
-    layers: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class Objective:
-    """How a method forgets; pictures, memory and budget are shared by all of them.
-
-    Attributes:
-        name: for tables.
-        target: what is wanted for a batch of pictures, a tuple of tensors (B, ...), from two passes (asked
-            for the concept; asked for something instead), the true answer (the noise that was added) and the
-            settings.
-        loss: a scalar, from the learning model's pass and the target.
-        source: where it comes from.
-        looks_at_attention: whether the layers have to be recorded.
-        half_drawn: noisy pictures are caught half-drawn, with this guidance; None: drawn, then noised.
-        empty: what is asked instead is always the empty prompt.
-        of_instead: the pictures show what is asked instead, not the concept.
-        moving: the target is what the learning model itself says by now, and not the frozen reference.
-    """
-
-    name: str
-    target: Callable[[Pass, Pass, Tensor, UnlearnConfig], tuple[Tensor, ...]]
-    loss: Callable[[Pass, tuple[Tensor, ...]], Tensor]
-    source: str
-    looks_at_attention: bool = False
-    half_drawn: float | None = None
-    empty: bool = False
-    of_instead: bool = False
-    moving: bool = False
-
-
-def _attention_targets(
-    concept: Pass, other: Pass, noise: Tensor, config: UnlearnConfig
-) -> tuple[Tensor, ...]:
-    pairs = zip(concept.layers, other.layers, strict=True)
-    return tuple(attention_target(c, u, config.target, config.eta) for c, u in pairs)
-
-
-DUGE = Objective(
-    "DUGE",
-    _attention_targets,
-    lambda learner, wanted: cross_attention_loss(learner.layers, wanted),
-    "arXiv 2503.13769; the target is ours",
-    looks_at_attention=True,
-)
-"""The cross-attention loss: hear, when the concept is named, what you would hear if asked otherwise."""
-
-
-# ---------------------------------------------------------------------------- the reference's answers
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """Noisy pictures, what the model is asked about them, and the answer that is wanted; all on the CPU.
-
-    Attributes:
-        noisy: (n, 4, h, w).
-        timesteps: (n,).
-        encoder_hidden_states: (n, T, D).
         wanted: tensors (n, ...).
         other: what is asked instead, (n, T, D), where the target moves.
     """
 
-    noisy: Tensor
-    timesteps: Tensor
-    encoder_hidden_states: Tensor
-    wanted: tuple[Tensor, ...]
+    wanted: Answer
     other: Tensor | None = None
 
     def batch(self, size: int, generator: torch.Generator, device: torch.device) -> Lessons:
         """``size`` random lessons on ``device``."""
         index = torch.randint(len(self.noisy), (size,), generator=generator)
-        parts = (self.noisy, self.timesteps, self.encoder_hidden_states)
-        wanted = tuple(w[index].to(device) for w in self.wanted)
+        parts = [x[index].to(device) for x in (*self.inputs, *self.wanted)]
         other = None if self.other is None else self.other[index].to(device)
-        return Lessons(*(x[index].to(device) for x in parts), wanted, other)
+        return Lessons(*parts[:3], tuple(parts[3:]), other)
 
 
 def watching(
-    unet: torch.nn.Module, objective: Objective, config: UnlearnConfig, size: tuple[int, int]
+    unet: torch.nn.Module, objective: Objective, noisy: Tensor
 ) -> AbstractContextManager[AttentionRecorder | None]:
-    """Records what ``objective`` looks at, on latents of ``size``; None when that is nothing."""
-    if not objective.looks_at_attention:
+    """Records what the layers write on latents like ``noisy``, if ``objective`` looks at that; else None."""
+    if not objective.of_layers:
         return nullcontext()
-    outputs = config.match == "output"
-    return record_attention(unet, size, probs=not outputs, outputs=outputs)
+    return record_attention(unet, noisy.shape[-2:], probs=False, outputs=True)
 
 
-def passed(noise_pred: Tensor, record: AttentionRecorder | None, part: slice) -> Pass:
-    """A slice of the batch that just went through the UNet."""
-    layers = () if record is None else (record.outputs or record.probs).values()
-    return Pass(noise_pred[part], tuple(layer[part] for layer in layers))
+def answered(noise_pred: Tensor, record: AttentionRecorder | None, part: slice) -> Answer:
+    """The answer for a slice of the batch that just went through the UNet."""
+    return tuple(x[part] for x in (record.outputs.values() if record else (noise_pred,)))
 
 
 @torch.no_grad()
@@ -214,60 +181,35 @@ def ask_about_concept(
     unet: torch.nn.Module, asked: Noised, other: Tensor, objective: Objective, config: UnlearnConfig
 ) -> Lessons:
     """The reference's answers about the concept; ``other`` (n, T, D) is the text that it is asked instead."""
-    lessons = Lessons(asked.noisy, asked.timesteps, asked.encoder_hidden_states, ())
     if objective.moving:
-        return replace(lessons, other=other)
-    answers: tuple[Tensor, ...] = ()
-    size = config.batch_size  # as many at once as in training
-    for i in range(0, len(asked.noisy), size):
-        part = slice(i, i + size)
-        twice = (torch.cat([x[part]] * 2).to(unet.device) for x in (asked.noisy, asked.timesteps))
+        return Lessons(*asked.inputs, (), other)
+    answers: Answer = ()
+    for i in range(0, len(asked.noisy), config.batch_size):  # as many at once as in training
+        part = slice(i, i + config.batch_size)
+        twice = (torch.cat([x[part]] * 2).to(unet.device) for x in asked.inputs[:2])
         text = torch.cat([asked.encoder_hidden_states[part], other[part]]).to(unet.device)
-        with watching(unet, objective, config, asked.noisy.shape[-2:]) as record:
+        with watching(unet, objective, asked.noisy) as record:
             frozen = unet(*twice, text).sample
         half = len(frozen) // 2
-        concept, instead = (passed(frozen, record, s) for s in (slice(half), slice(half, None)))
+        concept, instead = (answered(frozen, record, s) for s in (slice(half), slice(half, None)))
         targets = objective.target(concept, instead, asked.truth[part].to(unet.device), config)
         if not answers:  # filled in place, in the model's precision: together they are large
             shapes = [(len(asked.noisy), *target.shape[1:]) for target in targets]
             answers = tuple(torch.empty(shape, dtype=frozen.dtype) for shape in shapes)
         for answer, target in zip(answers, targets, strict=True):
             answer[part] = target
-    return replace(lessons, wanted=answers)
+    return Lessons(*asked.inputs, answers)
 
 
 @torch.no_grad()
-def ask_about_memory(unet: torch.nn.Module, asked: Noised, config: UnlearnConfig) -> Lessons:
-    """What the prior loss wants for memory pictures: the reference's own prediction."""
-    inputs = (asked.noisy, asked.timesteps, asked.encoder_hidden_states)
-    size = config.memory_batch_size
-    answers = [
-        unet(*(x[i : i + size].to(unet.device) for x in inputs)).sample.cpu()
-        for i in range(0, len(asked.noisy), size)
-    ]
-    return Lessons(*inputs, (torch.cat(answers),))
+def ask_about_memory(unet: torch.nn.Module, asked: Noised, size: int) -> Lessons:
+    """What the prior loss wants for memory pictures, ``size`` at once: the reference's own prediction."""
+    batches = zip(*(x.split(size) for x in asked.inputs), strict=True)
+    answers = [unet(*(x.to(unet.device) for x in batch)).sample.cpu() for batch in batches]
+    return Lessons(*asked.inputs, (torch.cat(answers),))
 
 
-# ---------------------------------------------------------------------------- the loop
-
-
-@dataclass(frozen=True)
-class UnlearnState:
-    """Where the loop is after iteration ``step`` (counted from 1); losses are unweighted.
-
-    ``forget`` is the objective's own loss (DUGE's cross-attention loss). The ``grad_`` fields are the norms
-    of the three losses' gradients, unweighted, nan where they were not measured.
-    """
-
-    step: int
-    iterations: int
-    loss: float
-    forget: float
-    prior: float
-    regularization: float
-    grad_forget: float = math.nan
-    grad_prior: float = math.nan
-    grad_regularization: float = math.nan
+# ---- the weights meanwhile
 
 
 @contextmanager
@@ -302,16 +244,42 @@ def training(unet: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]) -
             p.requires_grad_(flag)
 
 
-def trainable_parameters(
-    unet: torch.nn.Module, train: str = "cross_attention"
-) -> dict[str, torch.nn.Parameter]:
-    """The tensors that ``config.train`` lets learn, by name. Raises ValueError for Stable Diffusion XL."""
+def trainable_parameters(unet: torch.nn.Module, objective: Objective) -> dict[str, torch.nn.Parameter]:
+    """The tensors that ``objective`` lets learn, by name. Raises ValueError for Stable Diffusion XL."""
+    reads_one_text(unet)
+    trains = objective.trains
+    return {n: p for n, p in unet.named_parameters() if any(part in n for part in trains)}
+
+
+def reads_one_text(unet: torch.nn.Module) -> None:
+    """Raises ValueError for Stable Diffusion XL, whose denoiser reads more than noise, moment and text."""
     if unet.config.addition_embed_type is not None:
         raise ValueError(
-            "Stable Diffusion XL reads two texts and the picture's size beside them, which the gradient "
-            'solver does not know: leave solver="exact"'
+            "Stable Diffusion XL reads two texts and the picture's size beside them, which only the exact "
+            'solver knows: leave solver="exact"'
         )
-    return {name: p for name, p in unet.named_parameters() if TRAINABLE[train](name)}
+
+
+# ---- the loop
+
+
+@dataclass(frozen=True)
+class UnlearnState:
+    """Where the loop is after iteration ``step`` (counted from 1); losses are unweighted.
+
+    ``forget`` is the objective's own loss (DUGE's cross-attention loss). The ``grad_`` fields are the norms
+    of the three losses' gradients, unweighted, nan where they were not measured.
+    """
+
+    step: int
+    iterations: int
+    loss: float
+    forget: float
+    prior: float
+    regularization: float
+    grad_forget: float = math.nan
+    grad_prior: float = math.nan
+    grad_regularization: float = math.nan
 
 
 def batch_losses(
@@ -326,13 +294,12 @@ def batch_losses(
     wanted = forget.wanted
     if objective.moving:
         with torch.no_grad():
-            answer = Pass(unet(forget.noisy, forget.timesteps, forget.other).sample)
-        wanted = objective.target(answer, answer, answer.noise_pred, config)
-    names = ("noisy", "timesteps", "encoder_hidden_states")
-    inputs = (torch.cat([getattr(part, name) for part in (forget, keep) if part]) for name in names)
-    noise_pred = unet(*inputs).sample  # (b + m, 4, h, w)
+            now = (unet(forget.noisy, forget.timesteps, forget.other).sample,)
+        wanted = objective.target(now, now, now[0], config)
+    both = zip(*(part.inputs for part in (forget, keep) if part), strict=True)
+    noise_pred = unet(*map(torch.cat, both)).sample  # (b + m, 4, h, w)
     size = len(forget.noisy)
-    loss = objective.loss(passed(noise_pred, record, slice(size)), wanted)
+    loss = objective.loss(answered(noise_pred, record, slice(size)), wanted)
     if record is not None:
         record.stop()  # or it would hold on to all that the backward pass computes again
     return loss, prior_preservation_loss(noise_pred[size:], keep.wanted[0]) if keep else 0 * loss
@@ -361,20 +328,20 @@ def gradient_steps(
     generator = torch.Generator().manual_seed(config.seed)
     unet, device = pipe.unet, pipe.unet.device
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    trained = trainable_parameters(unet, config.train)
-    first = {name: base.get(name, p.data) for name, p in trained.items()}
+    trained = trainable_parameters(unet, objective)
+    first = {name: base[name] for name in trained}
     prompts, others = zip(*asks, strict=True)
     others = [""] * len(others) if objective.empty else others
+    shown = others if objective.of_instead else prompts
     seed = 1_000_000 * (config.seed + 1)  # far from those of evaluation and of other runs
     with swapped(trained, first):  # pictures are drawn by whose answers count
-        shown = others if objective.of_instead else prompts
         if objective.half_drawn is not None:
             drawn = (config.lessons, seed, generator, card, objective.half_drawn)
             target = Noised.half_drawn(pipe, shown, *drawn)
         else:
             pictures = draw_pictures(pipe, shown, seed, card)
             target = Noised.of(pictures, config.lessons, scheduler, generator)
-    texts, instead = encode_prompts(pipe, prompts)[target.index], encode_prompts(pipe, others)[target.index]
+    texts, instead = (encode_prompts(pipe, part)[target.index] for part in (prompts, others))
     target = replace(target, encoder_hidden_states=texts)
     kept = Noised.of(memory, config.lessons, scheduler, generator) if memory else None
     stored = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
@@ -387,83 +354,66 @@ def gradient_steps(
     with training(unet, trained):
         start = {name: p.detach().cpu().clone() for name, p in trained.items()}
         anchor = {name: value.to(device, torch.float16) for name, value in first.items()}
-
-        def put_back() -> None:
-            for name, p in trained.items():
-                p.data = start[name].to(device)
-
         try:
             with mixed, swapped(trained, first):
                 lessons = ask_about_concept(unet, target, instead, objective, config)
-                memory_lessons = ask_about_memory(unet, kept, config) if kept else None
+                memories = ask_about_memory(unet, kept, config.memory_batch_size) if kept else None
             optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=0.0)
             scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
             for step in range(1, config.iterations + 1):
                 forget = lessons.batch(config.batch_size, generator, device)
-                keep = memory_lessons and memory_lessons.batch(config.memory_batch_size, generator, device)
+                keep = memories and memories.batch(config.memory_batch_size, generator, device)
                 # watched to the end of the backward pass: gradient checkpointing runs the layers again
-                with watching(unet, objective, config, target.noisy.shape[-2:]) as record:
+                with watching(unet, objective, target.noisy) as record:
                     with mixed:
-                        forget_loss, prior = batch_losses(unet, forget, keep, objective, record, config)
-                    losses = {
-                        "attention" if objective is DUGE else objective.name: forget_loss,
-                        "prior": prior,
-                        "regularization": regularization_loss(trained, anchor),
-                    }
-                    loss = sum(w * v for w, v in zip(config.weights, losses.values(), strict=True))
+                        losses = batch_losses(unet, forget, keep, objective, record, config)
+                    losses = (*losses, regularization_loss(trained, anchor))
+                    loss = sum(w * v for w, v in zip(config.weights, losses, strict=True))
                     norms = []
                     if config.measure_every and (step - 1) % config.measure_every == 0:
-                        scaled = [_gradient_norm(scaler.scale(v), trained) for v in losses.values()]
+                        scaled = [_gradient_norm(scaler.scale(v), trained) for v in losses]
                         norms = [norm / scaler.get_scale() for norm in scaled]  # 16 bits would lose them
                     optimizer.zero_grad(set_to_none=True)
                     scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
+                norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 if not scaler.is_enabled() or not torch.isfinite(loss):  # a scaler skips steps that overflow
-                    _check_finite(losses, norm, step, config)
+                    _check_finite(
+                        dict(zip(_NAMES, losses, strict=True)) | {"the gradient": norm}, step, config
+                    )
                 scaler.step(optimizer)
                 scaler.update()
+                _check_finite(
+                    {"the sum of the weights": sum(p.sum() for p in trained.values())}, step, config
+                )
                 if step == config.iterations:  # no later loss would show what the last step did
-                    size = target.noisy.shape[-2:]
-                    with torch.no_grad(), watching(unet, objective, config, size) as record:
-                        with mixed:
-                            last = batch_losses(unet, forget, keep, objective, record, config)
-                    _check_finite(dict(zip(losses, last, strict=False)), torch.zeros(()), step, config)
-                if not all(torch.isfinite(p).all() for p in trained.values()):
-                    raise DivergedError(_advice("a weight is no number any more", step, config))
-                values = [float(v.detach()) for v in (loss, *losses.values())]
+                    with torch.no_grad(), watching(unet, objective, target.noisy) as record, mixed:
+                        last = batch_losses(unet, forget, keep, objective, record, config)
+                    _check_finite(dict(zip(_NAMES, last, strict=False)), step, config)
                 with rounded(trained, stored):
+                    values = [float(v.detach()) for v in (loss, *losses)]
                     yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
         except DivergedError:
-            put_back()
+            overwrite(trained, start)
             raise
         except torch.OutOfMemoryError as error:
-            put_back()
+            overwrite(trained, start)
             raise OutOfMemoryError(
                 f"{device} ran out of memory at iteration {step}; the weights are back as they were. Lower "
                 f"batch_size (now {config.batch_size}) and memory_batch_size (now "
-                f"{config.memory_batch_size}), call pipe.unet.enable_gradient_checkpointing(), or train less "
-                f'with train="kv" (now "{config.train}").'
+                f"{config.memory_batch_size}), or call pipe.unet.enable_gradient_checkpointing()."
             ) from error
 
 
-def _check_finite(losses: Mapping[str, Tensor], norm: Tensor, step: int, config: UnlearnConfig) -> None:
-    if torch.isfinite(sum(losses.values()) + norm):
-        return
-    bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-    what = (
-        f"the {' and '.join(bad)} loss became {losses[bad[0]].item()}"
-        if bad
-        else f"the gradient is {norm.item()}"
-    )
-    raise DivergedError(_advice(what, step, config))
+_NAMES = ("the objective's loss", "the prior loss", "the regularization loss")
 
 
-def _advice(what: str, step: int, config: UnlearnConfig) -> str:
-    return (
-        f"{what} at iteration {step}; the weights are back as they were. "
-        f"Lower lr (now {config.lr}) or the loss's weight."
-    )
+def _check_finite(found: Mapping[str, Tensor], step: int, config: UnlearnConfig) -> None:
+    if bad := [f"{what} is {value.item()}" for what, value in found.items() if not torch.isfinite(value)]:
+        raise DivergedError(
+            f"{bad[0]} at iteration {step}; the weights are back as they were. "
+            f"Lower lr (now {config.lr}) or the loss's weight."
+        )
 
 
 def _gradient_norm(loss: Tensor, trained: Mapping[str, torch.nn.Parameter]) -> float:

@@ -22,9 +22,12 @@ from torch import Tensor
 TARGET_KINDS = ("uncond", "negative", "clamped")
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least 32 bits: 16 are too coarse to sum squares in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _squared(a: Tensor, b: Tensor, what: str) -> Tensor:
+    """(a - b)^2 in at least 32 bits: 16 are too coarse to sum in. ``what`` is named if the shapes differ."""
+    if a.shape != b.shape:
+        raise ValueError(f"{what} {tuple(a.shape)} and its target {tuple(b.shape)} differ in shape")
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) - b.to(wide)).square()
 
 
 def attention_target(
@@ -78,12 +81,9 @@ def cross_attention_loss(maps: Sequence[Tensor], targets: Sequence[Tensor], rela
         )
     terms = []
     for layer, (a, b) in enumerate(zip(maps, targets, strict=True)):
-        if a.shape != b.shape:
-            raise ValueError(
-                f"layer {layer}: map {tuple(a.shape)} and target {tuple(b.shape)} differ in shape"
-            )
-        term = (_wide(a) - _wide(b)).square().mean()
-        terms.append(term / _wide(b).square().mean().clamp(min=1e-12) if relative else term)
+        term = _squared(a, b, f"layer {layer}: map").mean()
+        size = _squared(b, torch.zeros_like(b), "target").mean().clamp(min=1e-12)
+        terms.append(term / size if relative else term)
     return torch.stack(terms).mean()
 
 
@@ -96,11 +96,7 @@ def prior_preservation_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
     Returns a scalar. Raises ValueError for shapes that differ.
     """
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape"
-        )
-    return (_wide(prediction) - _wide(target)).square().mean()
+    return _squared(prediction, target, "prediction").mean()
 
 
 def regularization_loss(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
@@ -114,9 +110,5 @@ def regularization_loss(parameters: Mapping[str, Tensor], anchor: Mapping[str, T
         raise ValueError(f"parameters and anchor name different tensors: {set(parameters) ^ set(anchor)}")
     if not parameters:
         raise ValueError("nothing to regularize: no parameters were given")
-    total = 0.0
-    for name, p in parameters.items():
-        if p.shape != anchor[name].shape:
-            raise ValueError(f"{name}: {tuple(p.shape)} here and {tuple(anchor[name].shape)} in the anchor")
-        total = total + (_wide(p) - _wide(anchor[name])).square().sum()
+    total = sum(_squared(p, anchor[name], name).sum() for name, p in parameters.items())
     return total / sum(p.numel() for p in parameters.values())

@@ -1,28 +1,125 @@
-"""Pipelines: where they come from, on which device and in which precision they run, how they sample."""
+"""Pipelines: where they come from, how they sample, in one process or several; their weights, their files.
+
+Several processes, each on a GPU of its own, run the same program and make the same calls in the same order
+(``accelerate launch``). Then :func:`~duge_lite.unlearning.unlearn`, sequences, :func:`sample` and all that
+draws with it end in each as they would in one alone: lists of prompts are shared out and pictures, or what
+the layers saw of them, gathered; the main process alone writes files and shows progress. The gradient
+solver, attacks and what a :func:`~duge_lite.attention.trace` draws are not shared.
+
+Whoever makes a call that the others do not make waits for them. So print and plot in the main process
+(:func:`is_main`), but draw, forget and save in all. When one dies (of a full memory, say), the launcher ends
+the others; one that catches its error and goes on keeps them waiting until the backend's time is out.
+
+A process that no launcher started is alone: nothing here costs it anything or sets anything up, so that a
+notebook can still start several with ``accelerate.notebook_launcher``. It forks: the notebook must not have
+touched the GPU, and without one must have begun with ``torch.set_num_threads(1)``, or the forks hang.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
+import os
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from .concepts import DATA, ModelCard, model_card
 from .errors import ModelNotFoundError
-from .processes import gathered, launched, share
 
 DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
 INDEX = "model_index.json"
+Items = TypeVar("Items", bound=Sequence)
+Result = TypeVar("Result")
+
+# ---- one process or several
+
+
+def launched() -> PartialState | None:
+    """The launched processes as this one sees them; None when it is alone.
+
+    Joins them if the program did not, by ``Accelerator()`` or ``PartialState()``. Without CUDA they run on
+    the CPU: by ``accelerate launch --multi_gpu`` all the same, for ``--cpu`` starts one process alone.
+    """
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and shows progress."""
+    state = launched()
+    return state is None or state.is_main_process
+
+
+def share(items: Items) -> Items:
+    """This process's part of ``items``; in their order the parts make up the whole.
+
+    A process for which none is left repeats the last one, so that the whole has to be cut to its length.
+    """
+    if (state := launched()) is None:
+        return items
+    size = -(-len(items) // state.num_processes)
+    part = items[state.process_index * size :][:size]
+    return part if len(part) else items[-1:]
+
+
+def gathered(mine: list) -> list:
+    """The lists of all processes, one after another, in every process."""
+    return gather_object(mine) if launched() else mine
+
+
+def from_main(function: Callable[[], Result]) -> Result:
+    """What ``function`` returns in the main process, for all; they wait. So it is with its error."""
+    if launched() is None:
+        return function()
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except Exception as error:  # or the others would wait for ever
+            outcome[1] = error
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A draft of ``path``, a file or a folder, which gets its name when all of it is on the disk, or never.
+
+    Raises OSError, and leaves what was there, when the block fails.
+    """
+    draft = path.with_name(path.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)  # of somebody who was killed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+        for part in draft.iterdir() if draft.is_dir() else [draft]:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # or the rename could overtake what it renames
+        os.replace(draft, path)
+    except Exception as error:  # a full disk: safetensors has its own kind of error for it
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} ({error}): is there room on the disk?") from error
+
+
+# ---- where pipelines come from
 
 
 def data_dir() -> Path:
@@ -58,9 +155,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    model: str | Path = "doodle",
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    model: str | Path = "doodle", device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """Loads a text-to-image pipeline, ready to sample: Stable Diffusion 1.x or 2.x, or XL to look at.
 
@@ -79,26 +174,20 @@ def load_pipeline(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype = {dtype!r}: expected a torch.dtype, such as torch.float32")
     is_doodle = str(model) == "doodle"
-    source = data_dir() / "doodle-sd" if is_doodle else Path(model)
-    looks_local = (
-        is_doodle or isinstance(model, Path) or source.exists() or str(model).startswith((".", "/", "~"))
-    )
-    if looks_local and not (source.expanduser() / INDEX).is_file():
-        advice = (
-            "Reinstall duge-lite, or make it with `python -m duge_lite.doodles.train`."
-            if is_doodle
-            else "Expected a folder written by `pipe.save_pretrained(folder)`."
-        )
+    source = data_dir() / "doodle-sd" if is_doodle else Path(model).expanduser()
+    local = is_doodle or isinstance(model, Path) or source.exists() or model.startswith((".", "/", "~"))
+    if local and not (source / INDEX).is_file():
+        advice = "Expected a folder written by `pipe.save_pretrained(folder)`."
+        if is_doodle:
+            advice = "Reinstall duge-lite, or make it with `python -m duge_lite.doodles.train`."
         raise ModelNotFoundError(f"no diffusers pipeline at {source}: it holds no model_index.json. {advice}")
-    place = str(source.expanduser()) if looks_local else str(model)
+    place = str(source) if local else str(model)
     try:
-        kind = _read_kind(Path(place) / INDEX if looks_local else Path(hf_hub_download(place, INDEX)), place)
+        kind = _read_kind(source / INDEX if local else Path(hf_hub_download(place, INDEX)), place)
         xl = kind is StableDiffusionXLPipeline
         unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
-        with warnings.catch_warnings():  # `torch_dtype` is the name that every diffusers below 1.0 knows
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            dtypes = {"default": dtype, "vae": torch.float32 if dtype == torch.float16 else dtype}
-            pipe = kind.from_pretrained(place, torch_dtype=dtypes, use_safetensors=True, **unchecked)
+        dtypes = {"default": dtype, "vae": torch.float32 if dtype == torch.float16 else dtype}
+        pipe = _load(kind, place, dtypes, **unchecked)
         if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # transformers makes up an empty one
             raise OSError("the tokenizer's vocabulary is missing or cut")
         if any(p.is_meta for p in (*pipe.unet.parameters(), *pipe.vae.parameters())):
@@ -107,7 +196,7 @@ def load_pipeline(
         raise
     except Exception as error:  # diffusers, the hub and safetensors each raise their own kinds
         damaged = f"the pipeline at {source} is incomplete or damaged"
-        why = damaged if looks_local else f"could not load {place!r} from the hub"
+        why = damaged if local else f"could not load {place!r} from the hub"
         raise ModelNotFoundError(why + trouble(error, place)) from error
     if pipe.vae.dtype != dtype:  # diffusers hands it latents in the denoiser's precision
         first = pipe.vae.post_quant_conv
@@ -131,35 +220,35 @@ def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionP
             f"no oracle without {concept!r} for {card.name}: only a world of one's own can be drawn "
             f'anew, as that of the doodles by `python -m duge_lite.doodles.train --without "{concept}"`'
         )
-    with warnings.catch_warnings():  # as in load_pipeline
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=pipe.unet.dtype)
-    parts = pipe.components | {"unet": unet.to(pipe.unet.device).eval()}
-    oracle = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    unet = _load(UNet2DConditionModel, folder, pipe.unet.dtype).to(pipe.unet.device).eval()
+    oracle = StableDiffusionPipeline(**pipe.components | {"unet": unet}, requires_safety_checker=False)
     oracle.set_progress_bar_config(disable=True)
     return oracle
+
+
+def _load(kind: type, place: str | Path, dtype: object, **options: object):
+    with warnings.catch_warnings():  # `torch_dtype` is the name that every diffusers below 1.0 knows
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        return kind.from_pretrained(place, torch_dtype=dtype, use_safetensors=True, **options)
 
 
 def _read_kind(index: Path, place: str) -> type[StableDiffusionPipeline | StableDiffusionXLPipeline]:
     """What a model's ``index`` says it is. ModelNotFoundError for another kind, and for code of its own."""
     about = json.loads(index.read_text("utf-8"))
     kinds = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
-    if str(about["_class_name"]) not in kinds:
-        raise ModelNotFoundError(
-            f"{place} holds a {about['_class_name']}: expected Stable Diffusion 1.x or 2.x, or XL to look at"
-        )
-    parts = {name: part[0] for name, part in about.items() if isinstance(part, list) and part[0]}
+    if (name := str(about["_class_name"])) not in kinds:
+        expected = "expected Stable Diffusion 1.x or 2.x, or XL to look at"
+        raise ModelNotFoundError(f"{place} holds a {name}: {expected}")
+    parts = {part: of[0] for part, of in about.items() if isinstance(of, list) and of[0]}
     missing = set(parts) - {"safety_checker"} - {folder.name for folder in index.parent.iterdir()}
     if missing and Path(place).is_dir():
         raise FileNotFoundError(f"it lacks {', '.join(sorted(missing))}")
-    if code := [
-        file for name, module in parts.items() if (file := index.parent / name / f"{module}.py").exists()
-    ]:
+    if code := [f"{n}/{m}.py" for n, m in parts.items() if (index.parent / n / f"{m}.py").exists()]:
         raise ModelNotFoundError(
-            f"{place} brings code of its own ({code[0].parent.name}/{code[0].name}), which is never run: "
+            f"{place} brings code of its own ({code[0]}), which is never run: "
             "expected parts that diffusers and transformers know"
         )
-    return kinds[about["_class_name"]]
+    return kinds[name]
 
 
 def trouble(error: BaseException, place: str | Path) -> str:
@@ -183,9 +272,11 @@ def trouble(error: BaseException, place: str | Path) -> str:
 def check_pipeline(pipe: object) -> None:
     """Raises TypeError for anything but a pipeline with a denoiser."""
     if not hasattr(pipe, "unet"):
-        raise TypeError(
-            f"pipe is {type(pipe).__name__}: expected a pipeline, as duge.load_pipeline() returns it"
-        )
+        what = f"pipe is {type(pipe).__name__}"
+        raise TypeError(f"{what}: expected a pipeline, as duge.load_pipeline() returns it")
+
+
+# ---- how they sample
 
 
 def sample(
@@ -202,55 +293,51 @@ def sample(
     """Pictures for ``prompts``; picture i starts from noise of seed ``seed + i``, or of its own ``seed[i]``.
 
     The noise does not depend on the batch size. Under ``accelerate launch`` every process must ask, draws its
-    share and gets all the pictures (:mod:`duge_lite.processes`).
+    share and gets all the pictures.
 
     Returns a list of PIL images, or with ``output_type="latent"`` the scaled latents (n, 4, h, w) on the CPU.
     ``num_inference_steps``, ``guidance_scale`` and ``batch_size`` default to those of the model's card;
-    ``options`` go to the pipeline as they are, which raises TypeError for one that it does not know. Raises
-    ValueError for numbers out of range, or another number of seeds than of prompts.
+    ``options`` go to the pipeline as they are. Raises TypeError for one that it does not know, ValueError for
+    numbers out of range, or another number of seeds than of prompts.
     """
     check_pipeline(pipe)
     card = card or model_card(pipe)
     steps = card.num_inference_steps if num_inference_steps is None else num_inference_steps
     scale = card.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = card.batch_size if batch_size is None else batch_size
-    for name, value in (("num_inference_steps", steps), ("batch_size", batch_size)):
-        if not isinstance(value, Integral) or value < 1:
+    sizes = {name: options[name] for name in ("height", "width") if options.get(name) is not None}
+    for name, value in {"num_inference_steps": steps, "batch_size": batch_size, **sizes}.items():
+        if not isinstance(value, Integral) or value < 1:  # diffusers takes 0 pixels for "not given"
             raise ValueError(f"{name} = {value!r}: expected a whole number, at least 1")
+    if len(sizes) == 1:  # diffusers would ignore it
+        raise ValueError("height and width go together: expected both, or none")
     if not 0 <= scale < math.inf:
         raise ValueError(f"guidance_scale = {scale!r}: expected a number from 0 (the empty prompt) up")
     if output_type not in ("pil", "latent"):
         raise ValueError(f'output_type = {output_type!r}: expected "pil" or "latent"')
     if unknown := set(options) - set(inspect.signature(type(pipe).__call__).parameters):
         raise TypeError(f"{type(pipe).__name__} got an unexpected keyword argument {min(unknown)!r}")
-    for name in ("height", "width"):  # diffusers takes 0 for "not given"
-        if (size := options.get(name)) is not None and (not isinstance(size, Integral) or size < 1):
-            raise ValueError(f"{name} = {size!r}: expected a number of pixels")
-    if (options.get("height") is None) != (options.get("width") is None):  # diffusers would ignore it
-        raise ValueError("height and width go together: expected both, or none")
     texts = [prompts] if isinstance(prompts, str | None) else list(prompts)
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"a prompt is {wrong[0]!r}: expected a text")
     if isinstance(seed, str | float | None):
         raise TypeError(f"seed = {seed!r}: expected a whole number, or one for each prompt")
-    seeds = [int(seed) + i for i in range(len(texts))] if isinstance(seed, Integral) else list(seed)
+    seeds = range(seed, seed + len(texts)) if isinstance(seed, Integral) else list(seed)
     if len(seeds) != len(texts):
-        raise ValueError(
-            f"{len(texts)} prompts and {len(seeds)} seeds: expected one seed each, or one number"
-        )
-    more: dict[str, object] = {}
-    out, mine = [], share(list(zip(texts, seeds, strict=True)))
+        count = f"{len(texts)} prompts and {len(seeds)} seeds"
+        raise ValueError(f"{count}: expected one seed each, or one number")
+    unwanted, out, mine = options.get("negative_prompt"), [], share(list(zip(texts, seeds, strict=True)))
     for start in range(0, len(mine), batch_size):
         part, own = zip(*mine[start : start + batch_size], strict=True)
-        if isinstance(unwanted := options.get("negative_prompt"), str):
-            more["negative_prompt"] = [unwanted] * len(part)  # diffusers wants as many
+        if isinstance(unwanted, str):
+            options["negative_prompt"] = [unwanted] * len(part)  # diffusers wants as many
         result = pipe(
             list(part),
             num_inference_steps=int(steps),
             guidance_scale=float(scale),
             generator=[torch.Generator("cpu").manual_seed(int(s)) for s in own],
             output_type=output_type,
-            **(options | more),
+            **options,
         ).images
         out += [result.cpu()] if output_type == "latent" else result
     out = gathered(out)
@@ -305,6 +392,9 @@ def draw_pictures(
     card = card or model_card(pipe)
     latents = sample(pipe, prompts, seed, card.sampling_steps, output_type="latent", card=card)
     return Pictures(latents.float(), encode_prompts(pipe, prompts), tuple(prompts))
+
+
+# ---- their weights
 
 
 def overwrite(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:

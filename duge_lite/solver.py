@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,7 +36,7 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -46,21 +45,24 @@ from .concepts import Concept, ModelCard, wishes
 from .config import UnlearnConfig
 from .errors import DivergedError
 from .losses import attention_target
-from .models import Pictures, draw_pictures, encode_prompts, swapped
-from .processes import from_main, gathered, share
+from .models import Pictures, draw_pictures, encode_prompts, from_main, gathered, share, swapped, written
 
 
-def fingerprint(pipe: DiffusionPipeline) -> str:
-    """Tells one model's weights from another's: a digest of up to 256 numbers of every tensor."""
-    digest = hashlib.sha1()
+def fingerprints(pipe: DiffusionPipeline) -> tuple[str, str, str]:
+    """Tell one model's weights from another's: as they are, and as they will be in either kind of 16 bits.
+
+    Each is a digest of up to 256 numbers of every tensor that text goes through.
+    """
+    digests = hashlib.sha1(), hashlib.sha1(), hashlib.sha1()
     for part in ("unet", "text_encoder", "text_encoder_2"):
         if (module := getattr(pipe, part, None)) is None:
             continue
         for name, p in module.named_parameters():
-            digest.update(f"{part}.{name} {tuple(p.shape)}".encode())
-            some = p.detach().flatten()[:: max(1, p.numel() // 256)]
-            digest.update(some.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+            some = p.detach().flatten()[:: max(1, p.numel() // 256)].cpu()
+            for digest, dtype in zip(digests, (p.dtype, torch.float16, torch.bfloat16), strict=True):
+                digest.update(f"{part}.{name} {tuple(p.shape)}".encode())
+                digest.update(some.to(dtype).float().numpy().tobytes())
+    return tuple(digest.hexdigest() for digest in digests)
 
 
 def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -146,6 +148,7 @@ class PictureBook:
         seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places``
             places at each of ``steps`` moments, of both halves of guidance.
         reference: the cross-attention weights of the base model, by name, in main memory.
+        base: the base model's fingerprint.
     """
 
     def __init__(
@@ -160,11 +163,12 @@ class PictureBook:
         self.layers = cross_attention_layers(pipe.unet)
         weights = cross_attention_weights(pipe.unet)
         self.reference = {name: p.detach().cpu().clone() for name, p in weights.items()}
-        self.base = fingerprint(pipe)
-        self.gone_at: dict[str, tuple[Concept, ...]] = {self.base: ()}
+        self.base, *rounded = fingerprints(pipe)
+        self.gone_at: dict[str, tuple[Concept, ...]] = dict.fromkeys((self.base, *rounded), ())
         self.seen: dict[str, dict[str, Tensor]] = {}
         self._rankings: dict[Concept, pd.Series] = {}
         self._latents: dict[str, Tensor] = {}
+        self._on_disk: tuple[Path, int] | None = None  # how many prompts of it
 
     @classmethod
     def of(
@@ -174,32 +178,38 @@ class PictureBook:
         config: UnlearnConfig,
         memory: Sequence[str] | None = None,
         directory: Path | None = None,
-    ) -> PictureBook:
-        """The book of ``pipe``: the one there is, while the weights are ones that it knows; else a new one.
+    ) -> tuple[PictureBook, tuple[Concept, ...]]:
+        """The book of ``pipe``, and what is gone: the one that knows its weights, or a new one.
 
         A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
         """
-        old, settings = cls.known(pipe), _settings(card, config, memory)
-        if old is not None and (old.settings, old.card) == (settings, card):
-            return old
+        old, now = _BOOKS.get(pipe.unet), fingerprints(pipe)[0]
+        old = old if old is not None and now in old.gone_at else None
+        gone = old.gone_at[now] if old else ()
+        if old and (old.settings, old.card) == (_settings(card, config, memory), card):
+            return old, gone
         with old.at_base(pipe) if old else nullcontext():
             new = cls(pipe, card, config, memory)
-        if old is not None:
-            new.gone_at = old.gone_at
+        new.gone_at |= old.gone_at if old else {}
         if directory is not None:
-            new._read(directory)
+            new._read(directory / BOOK)
         _BOOKS[pipe.unet] = new
-        return new
+        return new, gone
 
     @staticmethod
     def known(pipe: DiffusionPipeline) -> PictureBook | None:
         """The book of ``pipe``, if its weights are ones that the book knows."""
         book = _BOOKS.get(pipe.unet)
-        return book if book is not None and fingerprint(pipe) in book.gone_at else None
+        return book if book is not None and fingerprints(pipe)[0] in book.gone_at else None
 
     def gone(self, pipe: DiffusionPipeline) -> tuple[Concept, ...]:
         """What the pipeline has forgotten by now, by the weights that it has."""
-        return self.gone_at[fingerprint(pipe)]
+        return self.gone_at[fingerprints(pipe)[0]]
+
+    def remember(self, pipe: DiffusionPipeline, gone: Sequence[Concept]) -> None:
+        """That with the weights of now ``gone`` is gone; from known weights nothing went."""
+        for now in fingerprints(pipe):
+            self.gone_at.setdefault(now, tuple(gone))
 
     def at_base(self, pipe: DiffusionPipeline) -> AbstractContextManager[None]:
         """The pipeline as it was before anything went."""
@@ -220,28 +230,24 @@ class PictureBook:
         missing = [p for p in dict.fromkeys(prompts) if p not in self.seen]
         if not missing:
             return
-        mine, found = share(missing), []
+        mine, found, size = share(missing), [], self.card.batch_size
         with self.at_base(pipe):
-            for i in range(0, len(mine), self.card.batch_size):
-                found += self._draw(pipe, mine[i : i + self.card.batch_size])
+            for i in range(0, len(mine), size):
+                found += self._draw(pipe, mine[i : i + size])
         self.seen |= dict(gathered(found))
 
     def _draw(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[tuple[str, dict[str, Tensor]]]:
         rows: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        names = {attn: name for name, attn in self.layers.items()}
         pick = torch.Generator().manual_seed(self.seed)  # the same places for every prompt
 
-        def look(name: str):
-            def hook(attn: Attention, args: tuple, kwargs: dict) -> None:
-                hidden = args[0] if args else kwargs["hidden_states"]  # (2 B or B, H*W, C)
-                places = torch.randperm(hidden.shape[1], generator=pick)[: self.places]
-                halves = hidden[:, places.to(hidden.device)].half().cpu().unflatten(0, (-1, len(prompts)))
-                rows[name].append(halves.transpose(0, 1).flatten(1, 2))  # (B, halves * places, C)
+        def look(attn: Attention, args: tuple, kwargs: dict) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]  # (2 B or B, H*W, C)
+            places = torch.randperm(hidden.shape[1], generator=pick)[: self.places]
+            halves = hidden[:, places.to(hidden.device)].half().cpu().unflatten(0, (-1, len(prompts)))
+            rows[names[attn]].append(halves.transpose(0, 1).flatten(1, 2))  # (B, halves * places, C)
 
-            return hook
-
-        hooks = [
-            attn.register_forward_pre_hook(look(name), with_kwargs=True) for name, attn in self.layers.items()
-        ]
+        hooks = [attn.register_forward_pre_hook(look, with_kwargs=True) for attn in names]
         try:
             pipe(
                 list(prompts),
@@ -279,7 +285,7 @@ class PictureBook:
         self.draw(pipe, concept.prompts)
         device, others = pipe.unet.device, [c for c in self.card.concepts if c != concept.name]
         own = encode_prompts(pipe, concept.prompts).to(device)
-        texts = {o: encode_prompts(pipe, _matched(self.card.prompts(o), concept)).to(device) for o in others}
+        texts = {o: encode_prompts(pipe, concept.pair(self.card.prompts(o))).to(device) for o in others}
         far = dict.fromkeys(others, 0.0)
         with self.at_base(pipe), torch.autocast(device.type, enabled=False):
             for name, attn in self.layers.items():
@@ -291,35 +297,20 @@ class PictureBook:
         self._rankings[concept] = pd.Series(far, dtype=float).sort_values(kind="stable")
         return self._rankings[concept]
 
-    def wishes(
-        self, pipe: DiffusionPipeline, gone: Sequence[Concept], config: UnlearnConfig
-    ) -> tuple[dict[str, str], list[str]]:
+    def wishes(self, pipe: DiffusionPipeline, gone: Sequence[Concept]) -> tuple[dict[str, str], list[str]]:
         """What is wanted of every prompt that asks for something ``gone``; and the prompts that are to stay.
 
         Raises ValueError when nothing is left to draw instead, or to remember.
         """
         names = {c.name for c in gone}
 
-        def choose(concept: Concept) -> Sequence[str]:
-            if concept.instead:
-                return concept.instead
-            if config.instead == "nameless":
-                others = self.card.nameless(concept.name)
-            elif config.instead != "nearest":
-                other = self.card.concept(config.instead)
-                if other.style:
-                    raise ValueError(f"instead = {other.name!r} is a style: expected an object")
-                others = other.prompts
-            else:
-                kept = [c for c in self.ranking(pipe, concept).index if c not in names]
-                if not kept:
-                    raise ValueError(
-                        'every concept is to go: say what is asked instead, or instead="nameless"'
-                    )
-                others = self.card.prompts(kept[0])
-            return _matched(others, concept)
+        def nearest(concept: Concept) -> Sequence[str]:
+            kept = [c for c in self.ranking(pipe, concept).index if c not in names]
+            if not kept:
+                raise ValueError('every concept is to go: say what is asked instead, or instead="nameless"')
+            return concept.pair(self.card.prompts(kept[0]))
 
-        ends = wishes(gone, choose)
+        ends = wishes(gone, lambda concept: concept.instead or nearest(concept))
         keep = [p for p in self.memory if p not in ends and not any(c.named_in(p) for c in gone)]
         if not keep:
             raise ValueError("every picture of the memory shows what is to go: nothing is left to stay")
@@ -336,7 +327,7 @@ class PictureBook:
         layer: attention, prior and regularization, before and after, and ``change``, the norm of the change
         as a share of the matrix's own.
         """
-        ends, keep = self.wishes(pipe, gone, config) if gone else ({}, list(self.memory))
+        ends, keep = self.wishes(pipe, gone) if gone else ({}, list(self.memory))
         self.draw(pipe, [*ends, *keep])
         lambda_attention, lambda_prior, ridge = config.weights
         lambda_attention *= len(ends) / (len(ends) + len(keep))
@@ -368,34 +359,36 @@ class PictureBook:
         return weights, pd.DataFrame(rows).set_index("layer")
 
     def write(self, directory: Path) -> None:
-        """Keeps the hidden states on disk; the main process writes."""
-        from_main(lambda: self._write(directory))
+        """Keeps the hidden states on disk; the main process writes. Raises OSError when the disk is full."""
+        from_main(lambda: self._write(directory / BOOK))
 
-    def _write(self, directory: Path) -> None:
-        path, about = directory / "book.safetensors", {"base": self.base, "settings": repr(self.settings)}
-        about["prompts"] = json.dumps(list(self.seen))
-        if path.exists() and _about(path) == about:
+    def _write(self, path: Path) -> None:
+        if self._on_disk == (path, len(self.seen)):
             return
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i} {n}": x for i, p in enumerate(self.seen) for n, x in self.seen[p].items()}
-        draft = path.with_suffix(".part")
-        try:
+        about = self._about() | {"prompts": json.dumps(list(self.seen)), "digest": _digest(tensors)}
+        with written(path) as draft:
             save_file(tensors, draft, metadata=about)
-            os.replace(draft, path)
-        except (SafetensorError, OSError) as error:  # a full disk: safetensors has its own kind
-            draft.unlink(missing_ok=True)
-            size = sum(x.nbytes for x in tensors.values()) / 1e6
-            raise OSError(f"could not write {path} ({error}): it needs {size:.1f} MB of free disk") from error
+        self._on_disk = path, len(self.seen)
 
-    def _read(self, directory: Path) -> None:
-        """Takes what is on disk, if it was drawn by this model with these settings; else it is drawn anew."""
-        path = directory / "book.safetensors"
-        about = _about(path) if path.exists() else None
-        if about is None or (about.get("base"), about.get("settings")) != (self.base, repr(self.settings)):
+    def _read(self, path: Path) -> None:
+        """Takes what is on disk, if it was drawn by this model with these settings, and is whole."""
+        try:
+            with safe_open(path, "pt") as file:
+                about, own = file.metadata(), self._about()
+                if own.items() <= about.items():
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (
+            Exception
+        ):  # none, or a damaged one, of which safetensors has its own kinds: it is only a cache
             return
-        with safe_open(path, "pt") as file:
+        if own.items() <= about.items() and _digest(tensors) == about.get("digest"):
             for i, prompt in enumerate(json.loads(about["prompts"])):
-                self.seen[prompt] = {name: file.get_tensor(f"{i} {name}") for name in self.layers}
+                self.seen[prompt] = {name: tensors[f"{i} {name}"] for name in self.layers}
+            self._on_disk = path, len(self.seen)
+
+    def _about(self) -> dict[str, str]:
+        return {"base": self.base, "settings": repr(self.settings)}
 
 
 def _settings(card: ModelCard, config: UnlearnConfig, memory: Sequence[str] | None) -> tuple:
@@ -415,18 +408,14 @@ def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str
     return row | {"change": float((new - old).norm() / old.norm())}
 
 
-def _matched(others: Sequence[str], concept: Concept) -> Sequence[str]:
-    """One for each prompt of ``concept``; the plain one for all, where its prompts are its own."""
-    return others if len(others) == len(concept.prompts) else [others[0]] * len(concept.prompts)
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """So that a flipped bit is noticed."""
+    digest = hashlib.sha1()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy())
+    return digest.hexdigest()
 
 
-def _about(path: Path) -> Mapping[str, str] | None:
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata()
-    except (SafetensorError, OSError):
-        return None  # damaged: it is only a cache
-
-
+BOOK = "book.safetensors"
 _BOOKS: WeakKeyDictionary[torch.nn.Module, PictureBook] = WeakKeyDictionary()
 """One book per denoiser, for as long as it lives."""

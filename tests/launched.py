@@ -11,7 +11,6 @@ import torch
 
 import duge_lite as duge
 from duge_lite import sequence, solver, unlearning
-from duge_lite.processes import is_main
 
 EXACT = duge.UnlearnConfig(num_inference_steps=2, places=8, instead="nearest")
 MEMORY = ["a photo of an orange", "a sketch of a tree", "a photo of a car"]
@@ -73,7 +72,7 @@ def files(folder: Path) -> dict:
 def one_dies(folder: Path) -> dict:
     """The second process runs out of memory, and the first one waits for it."""
     pipe = load(folder)
-    if not is_main():
+    if not duge.is_main():
         pipe.unet.register_forward_pre_hook(
             lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("not enough"))
         )

@@ -353,7 +353,7 @@ def test_the_oracle_fits_into_the_pipeline(doodle_master, recwarn):
         ({"batch_size": -1}, "batch_size = -1"),
         ({"guidance_scale": float("nan")}, "guidance_scale = nan: expected a number from 0"),
         ({"guidance_scale": -1}, "guidance_scale = -1"),
-        ({"width": 0}, "width = 0: expected a number of pixels"),
+        ({"width": 0}, "width = 0: expected a whole number"),
         ({"width": 128}, "height and width go together"),
         ({"output_type": "jpeg"}, "output_type = 'jpeg'"),
         ({"seed": [1, 2]}, "4 prompts and 2 seeds: expected one seed each"),

@@ -1,5 +1,6 @@
 """The files around the library: pins, notebooks as committed, data, the wheel."""
 
+import ast
 import copy
 import re
 import subprocess
@@ -19,6 +20,7 @@ import duge_lite
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import badges  # noqa: E402
+import counts  # noqa: E402
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -214,3 +216,51 @@ def test_the_readme_says_what_the_experiments_printed(file):
     assert len(printed) >= 4
     for line in printed:
         assert line in readme
+
+
+# The house: what the README draws is what is imported, and it leads down only
+
+LIBRARY = ROOT / "duge_lite"
+README = (ROOT / "README.md").read_text("utf-8")
+ROOMS = [
+    name
+    for row in re.findall(r"^\| (`duge_lite\..*?) \|", README, re.M)
+    for name in re.findall(r"\.(\w+)`", row)
+]
+
+
+def imported(module: str) -> set[str]:
+    """Which of our modules a file asks for, inside functions too."""
+    tree, found = ast.parse((LIBRARY / f"{module}.py").read_text("utf-8")), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+def test_every_room_is_on_the_plan_and_asks_only_rooms_below_it():
+    files = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__"}
+    assert len(ROOMS) == len(set(ROOMS)) and set(ROOMS) == files | {"doodles"}
+    for module in files:
+        above = imported(module) - set(ROOMS[ROOMS.index(module) + 1 :])
+        assert not above, f"{module} asks {above}, which the README's plan draws above it"
+
+
+def test_the_world_of_doodles_asks_for_no_more_than_errors():
+    for module in ("captions", "draw", "negatives", "unseen", "__init__"):  # train is a program
+        text = (LIBRARY / "doodles" / f"{module}.py").read_text("utf-8")
+        assert set(re.findall(r"^\s*from \.\.(\w*)", text, re.M)) <= {"errors"}
+
+
+def test_a_request_travels_as_the_readme_draws_it():
+    arrows = re.findall(r"^(\w[\w, ]*?) +-> (\w+)", README, re.M)
+    assert len(arrows) >= 6
+    for one, other in arrows:
+        for module in one.split(", "):
+            assert other in imported(module), f"{module} does not import {other}"
+
+
+def test_the_house_does_not_grow():
+    now = counts.counts()
+    assert {name: size for name, size in now.items() if size > counts.BOUNDS[name]} == {}
+    assert now.keys() == counts.BOUNDS.keys() == counts.AIMS.keys()

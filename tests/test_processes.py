@@ -17,7 +17,7 @@ import torch
 from launched import EXACT, MEMORY
 
 import duge_lite as duge
-from duge_lite import processes
+from duge_lite import models as processes
 
 pytestmark = pytest.mark.xdist_group("processes")  # two of them are as many as there are workers
 
@@ -85,6 +85,7 @@ class Launched:
 
     def __init__(self, index: int, count: int) -> None:
         self.process_index, self.num_processes, self.device = index, count, torch.device("cpu", index)
+        self.is_main_process = index == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
@@ -99,6 +100,22 @@ def test_the_parts_make_up_the_whole(monkeypatch, size, count):
     assert not size or min(map(len, parts)) >= 1  # no pipeline is called with nothing
     if size % count == 0:
         assert {len(part) for part in parts} == {size // count}
+
+
+def test_an_error_of_the_main_process_is_everybodys(monkeypatch):
+    """Or the others would wait for ever: whatever kind of error it is."""
+    said: list = []
+
+    def broadcast(outcome: list) -> list:
+        said.append(list(outcome))
+        return outcome if processes.is_main() else said[0]
+
+    monkeypatch.setattr(processes, "broadcast_object_list", broadcast)
+    for index in (0, 1):
+        monkeypatch.setattr(processes, "launched", lambda index=index: Launched(index, 2))
+        with pytest.raises(ZeroDivisionError):
+            processes.from_main(lambda: 1 / 0)
+    assert said[1] == [None, None]  # the second one did nothing itself
 
 
 def test_each_process_has_a_device(monkeypatch):

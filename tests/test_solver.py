@@ -10,6 +10,7 @@ from conftest import EXACT, MEMORY, changed, distance, family, weights, with_own
 from diffusers.models.attention_processor import Attention
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 import duge_lite as duge
 from duge_lite.concepts import model_card
@@ -202,6 +203,8 @@ def test_any_word_goes_from_any_family(kind, tokenizer):
     if kind == "sdxl":
         with pytest.raises(ValueError, match='leave solver="exact"'):
             forget(pipe, "apple", solver="gradient")
+        with pytest.raises(ValueError, match="which only the exact solver knows"):
+            forget(pipe, "car", instead="nameless").noise_loss()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -289,10 +292,49 @@ def test_the_book_on_disk(tiny_pipe, tiny_master, passes, tmp_path):
     assert len(seen) == drawn
 
 
+def test_a_flipped_bit_in_the_book_is_noticed(tiny_pipe, tiny_master, tmp_path):
+    how = {"config": EXACT, "memory": MEMORY, "progress": False, "directory": tmp_path}
+    duge.unlearn(tiny_pipe, "apple", **how)
+    file = tmp_path / "book.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 0x40
+    file.write_bytes(data)
+    for draws in (True, False):  # drawn anew, and then written anew
+        other, seen = with_own_unet(tiny_master), []
+        other.unet.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        duge.unlearn(other, "apple", **how)
+        assert bool(seen) is draws and not changed(other, weights(tiny_pipe))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_model_keeps_its_book(tokenizer, dtype):
+    """``pipe.to(torch.float16)`` after forgetting: what went is known, and goes on being gone."""
+    pipe = family("sd1", tokenizer)
+    forget(pipe, instead="nameless")
+    book = PictureBook.known(pipe)
+    pipe.to(dtype)
+    assert PictureBook.known(pipe) is book
+    assert [c.name for c in book.gone(pipe)] == ["apple"]
+    forget(pipe, "car", instead="nameless")
+    assert [c.name for c in book.gone(pipe)] == ["apple", "car"] and PictureBook.known(pipe) is book
+
+
+def test_each_request_keeps_what_it_asked_instead(tiny_pipe, tiny_master):
+    """A later request with other settings does not change what is asked in the place of an earlier one."""
+    forget(tiny_pipe, "apple", instead="house")
+    forget(tiny_pipe, "car", instead="nameless")
+    gone = {c.name: c.instead[0] for c in PictureBook.known(tiny_pipe).gone(tiny_pipe)}
+    assert gone == {"apple": "a photo of a house", "car": "a photo"}
+    other = with_own_unet(tiny_master)
+    forget(other, "car", instead="nameless")
+    forget(other, "apple", instead="house")
+    assert distance(weights(other), weights(tiny_pipe)) < 1e-4
+
+
 def test_a_full_disk_says_so_and_leaves_nothing_half(tiny_pipe, tmp_path, monkeypatch):
     def full(tensors, path, metadata=None):
         path.write_bytes(b"half")
-        raise duge.solver.SafetensorError("I/O error: No space left on device")
+        raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr(duge.solver, "save_file", full)
     before = weights(tiny_pipe)
@@ -305,9 +347,9 @@ def test_the_memory_names_nothing_that_is_gone(tiny_pipe):
     shows = "a photo of an apple next to a car"
     book = PictureBook.of(
         tiny_pipe, model_card(tiny_pipe), EXACT, ["a sketch of an Apple", shows, "a mosaic"]
-    )
-    gone = [model_card(tiny_pipe).concept("apple")]
-    assert book.wishes(tiny_pipe, gone, EXACT)[1] == ["a mosaic"]
+    )[0]
+    gone = [model_card(tiny_pipe).concept("apple", "star")]
+    assert book.wishes(tiny_pipe, gone)[1] == ["a mosaic"]
     with pytest.raises(ValueError, match="every picture of the memory shows what is to go"):
         forget(tiny_pipe, memory=[shows])
     for wrong in ([], [3]):
@@ -317,14 +359,14 @@ def test_the_memory_names_nothing_that_is_gone(tiny_pipe):
 
 def test_the_nearest_that_stays_is_asked_instead(tiny_pipe):
     card, config = model_card(tiny_pipe), replace(EXACT, instead="nearest")
-    book = PictureBook.of(tiny_pipe, card, config, MEMORY)
+    book, _ = PictureBook.of(tiny_pipe, card, config, MEMORY)
     apple, star = card.concept("apple"), card.concept("star")
     ranking = book.ranking(tiny_pipe, apple)
     assert set(ranking.index) == set(card.concepts) - {"apple"} and ranking.is_monotonic_increasing
     near = card.concept(ranking.index[0])
-    assert book.wishes(tiny_pipe, [apple], config)[0][apple.prompts[0]] == near.prompts[0]
-    ends, _ = book.wishes(tiny_pipe, [near, star, apple], config)
-    assert ends == book.wishes(tiny_pipe, [apple, near, star], config)[0]
+    assert book.wishes(tiny_pipe, [apple])[0][apple.prompts[0]] == near.prompts[0]
+    ends, _ = book.wishes(tiny_pipe, [near, star, apple])
+    assert ends == book.wishes(tiny_pipe, [apple, near, star])[0]
     assert not any(c.named_in(end) for c in (near, star, apple) for end in ends.values())
 
 

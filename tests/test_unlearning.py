@@ -15,15 +15,16 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import duge_lite as duge
-from duge_lite import baselines, gradient, unlearning
-from duge_lite.attention import cross_attention_layers
-from duge_lite.config import TRAINABLE, UnlearnConfig
+from duge_lite import baselines, gradient, solver
+from duge_lite.config import UnlearnConfig
 from duge_lite.errors import DivergedError
 from duge_lite.gradient import DUGE
 from duge_lite.models import draw_pictures
 from duge_lite.unlearning import UnlearningRun, unlearn_steps
 
-BOTH = pytest.mark.parametrize("config", [EXACT, GRADIENT], ids=["exact", "gradient"])
+BOTH = pytest.mark.parametrize(
+    "config", [EXACT, pytest.param(GRADIENT, marks=pytest.mark.slow)], ids=["exact", "gradient"]
+)
 
 
 def footprint(pipe) -> list:
@@ -53,8 +54,8 @@ def look(pipe, prompt="a photo of an apple") -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("solver", "magic", "solver = 'magic': choose one of exact, gradient"),
-        ("solve", "outptu", "solve = 'outptu': choose one of output, values"),
+        ("solver", "magic", "solver = 'magic': expected \"exact\" or"),
+        ("solve", "outptu", "solve = 'outptu': expected"),
         ("iterations", 1.5, "iterations = 1.5: expected a whole number, at least 1"),
         ("batch_size", -1, "batch_size = -1"),
         ("memory_size", 0, "memory_size = 0"),
@@ -63,15 +64,12 @@ def look(pipe, prompt="a photo of an apple") -> torch.Tensor:
         ("seed", "3", "seed = '3': expected a whole number"),
         ("lr", 0, "lr = 0: expected a number above 0"),
         ("lr", "0.1", "lr = '0.1': expected a number"),
-        ("grad_clip", math.inf, "grad_clip = inf"),
         ("lambda_attention", -1, r"lambda_attention = -1: expected 0 \(off\) or more"),
         ("lambda_regularization", math.nan, "lambda_regularization = nan"),
         ("eta", "1", "eta = '1': expected 0"),
         ("revisit", 1.0, "revisit = 1.0: expected a share"),
+        ("lessons", 9, "lessons = 9: expected at least target_size, 10"),
         ("instead", None, "instead = None: expected"),
-        ("target", "positive", "target = 'positive': choose one of uncond, negative, clamped"),
-        ("target", "clamped", 'goes with match = "probs" only'),
-        ("train", "lora", "train = 'lora': choose one of cross_attention, kv, full"),
     ],
 )
 def test_config_teaches(name, value, message):
@@ -79,13 +77,9 @@ def test_config_teaches(name, value, message):
         UnlearnConfig(**{name: value})
 
 
-def test_config_is_a_table_and_json():
-    config = UnlearnConfig(lr=0.5, solver="gradient")
-    assert config.weights == (1.0, 100.0, 10.0) and UnlearnConfig(lambda_prior=0.0).weights[1] == 0.0
-    assert config.table().loc[["lr", "lambda_prior"], "value"].tolist() == [0.5, 100.0]
-    assert UnlearnConfig.from_json(config.to_json()) == config
-    with pytest.raises(ValueError, match="no such setting: colour"):
-        UnlearnConfig.from_json('{"colour": 1}')
+def test_the_weights_suit_the_solver_unless_they_are_chosen():
+    assert UnlearnConfig(solver="gradient").weights == (1.0, 100.0, 10.0)
+    assert UnlearnConfig(lambda_prior=0.0).weights == (1.0, 0.0, 1e-3)
 
 
 # One clear sentence for what is most often mixed up
@@ -98,7 +92,7 @@ def test_config_is_a_table_and_json():
         (lambda pipe: duge.unlearn_sequence("apple", ["apple"]), "pipe is str: expected a pipeline"),
         (lambda pipe: duge.unlearn(pipe, "apple", {}), r"config is dict: expected duge.UnlearnConfig"),
         (lambda pipe: duge.unlearn_sequence(pipe, ["apple"], {"lr": 1}), "config is dict"),
-        (lambda pipe: duge.unlearn(pipe, None), "None is no concept: expected its name"),
+        (lambda pipe: duge.unlearn(pipe, None), "None is no concept: expected a name"),
         (lambda pipe: duge.unlearn(pipe, 3), "3 is no concept"),
         (lambda pipe: duge.unlearn(pipe, ["apple", None]), "None is no concept"),
         (lambda pipe: duge.evaluate(pipe, "apple"), "concepts = 'apple': expected a list of names"),
@@ -123,6 +117,8 @@ def test_a_wrong_combination_teaches(tiny_pipe, forget):
         forget(what=["apple", "car", "apple"])
     with pytest.raises(ValueError, match='the exact solver has no steps.*solver="gradient"'):
         next(unlearn_steps(tiny_pipe, "apple", EXACT))
+    with pytest.raises(ValueError, match="target_size = 2, .* for each of 3 concepts"):
+        forget(what=["apple", "car", "harp"])
     with pytest.raises(ValueError, match="objective 'ESD-x' goes with"):
         duge.unlearn(tiny_pipe, "apple", EXACT, objective=baselines.esd()[0])
 
@@ -142,7 +138,6 @@ def test_a_run_and_its_undo(tiny_pipe, forget, config):
     for part, state in zip(parts, states, strict=True):
         assert all(torch.equal(v, state[k]) for k, v in part.state_dict().items())
     assert run.concept == "apple" and run.seconds > 0 and "tensor" not in repr(run)
-    assert run.memory > 100  # in MB
     for _ in range(2):  # twice does no harm
         run.restore()
         assert not changed(tiny_pipe, before)
@@ -182,25 +177,12 @@ def test_the_noise_is_checked_that_nobody_optimised(tiny_pipe, forget):
 # The gradient solver
 
 
-@pytest.mark.parametrize("match", ["output", "probs"])
-@pytest.mark.parametrize("train", TRAINABLE)
-def test_only_the_chosen_weights_learn(tiny_pipe, forget, train, match):
+@pytest.mark.slow
+def test_the_attention_loss_falls_by_cross_attention_alone(tiny_pipe, forget):
     before = weights(tiny_pipe)
-    forget(train=train, match=match, iterations=3)
-    moved, layers = changed(tiny_pipe, before), len(cross_attention_layers(tiny_pipe.unet))
-    if train == "full":
-        assert len(moved) > 0.9 * len(before)
-    else:
-        assert moved == {n for n in before if TRAINABLE[train](n)}
-        assert len(moved) == layers * {"cross_attention": 5, "kv": 2}[train]
-
-
-@pytest.mark.parametrize(
-    ("match", "target"), [("output", "negative"), ("output", "uncond"), ("probs", "clamped")]
-)
-def test_the_attention_loss_falls(forget, match, target):
-    history = forget(match=match, target=target, iterations=12, lambda_prior=0.0).history
+    history = forget(iterations=12, lambda_prior=0.0).history
     assert history.forget.iloc[-3:].mean() < 0.9 * history.forget.iloc[:2].mean()
+    assert changed(tiny_pipe, before) == {n for n in before if ".attn2." in n}
 
 
 def test_the_history_is_what_on_step_saw(tiny_pipe, forget):
@@ -217,6 +199,7 @@ def test_the_history_is_what_on_step_saw(tiny_pipe, forget):
 LAMBDAS = ["lambda_attention", "lambda_prior", "lambda_regularization"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", LAMBDAS)
 def test_each_loss_counts_and_can_be_switched_off(tiny_pipe, forget, off):
     losses, before, ends = dict.fromkeys(LAMBDAS, 0.0), weights(tiny_pipe), []
@@ -229,6 +212,7 @@ def test_each_loss_counts_and_can_be_switched_off(tiny_pipe, forget, off):
     assert distance(*ends) > 0
 
 
+@pytest.mark.slow
 def test_pictures_can_be_drawn_along_the_way(tiny_pipe, forget):
     """A live preview shows the model that learns, and changes nothing."""
     run, previews = forget(iterations=3), []
@@ -238,6 +222,7 @@ def test_pictures_can_be_drawn_along_the_way(tiny_pipe, forget):
     assert torch.equal(previews[-1], look(tiny_pipe)) and not torch.equal(previews[0], previews[1])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_pipe, forget):
     plain, learned = forget(iterations=3), weights(tiny_pipe)
     plain.restore()
@@ -246,6 +231,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_pipe, forget):
     assert distance(weights(tiny_pipe), learned) < 1e-4
 
 
+@pytest.mark.slow
 def test_earlier_requests_are_looked_back_at(tiny_pipe, forget, monkeypatch):
     seen = []
 
@@ -255,7 +241,7 @@ def test_earlier_requests_are_looked_back_at(tiny_pipe, forget, monkeypatch):
 
     monkeypatch.setattr(gradient, "draw_pictures", spy)
     forget(EXACT)
-    forget(what="car", target_size=6, revisit=0.5)
+    forget(what="car", target_size=6, lessons=6, revisit=0.5)
     assert [sum("car" in p for p in seen[0]), sum("apple" in p for p in seen[0])] == [3, 3]
 
 
@@ -320,19 +306,20 @@ def test_an_interruption_while_drawing(tiny_pipe, forget, config, kind, when):
 def test_an_interruption_after_the_weights_were_written(tiny_pipe, forget, config, monkeypatch):
     """There is no run yet to undo it with."""
     forget(config).restore()
-    before, now = weights(tiny_pipe), unlearning.fingerprint
+    before, now = weights(tiny_pipe), solver.fingerprints
 
     def stop(pipe):
         if changed(tiny_pipe, before):
             raise KeyboardInterrupt
         return now(pipe)
 
-    monkeypatch.setattr(unlearning, "fingerprint", stop)
+    monkeypatch.setattr(solver, "fingerprints", stop)
     with pytest.raises(KeyboardInterrupt):
         forget(config)
     assert not changed(tiny_pipe, before)
 
 
+@pytest.mark.slow
 def test_the_stop_button_keeps_what_was_learned(tiny_pipe, forget):
     before, state = weights(tiny_pipe), footprint(tiny_pipe)
 
@@ -368,7 +355,7 @@ def test_out_of_memory_says_what_to_lower(tiny_pipe, monkeypatch):
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return learner.noise_pred.square().mean()
+        return learner[0].square().mean()
 
     objective = dataclasses.replace(DUGE, loss=loss)
     match = r"cpu ran out of memory at iteration 2;.*batch_size \(now 2\).*enable_gradient_checkpointing"
@@ -377,6 +364,7 @@ def test_out_of_memory_says_what_to_lower(tiny_pipe, monkeypatch):
     assert not changed(tiny_pipe, before) and footprint(tiny_pipe) == state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("iterations", [1, 5])
 def test_a_learning_rate_too_high_is_undone(tiny_master, forget, iterations, dtype):
@@ -393,9 +381,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_not_applied(tiny_pipe, forget,
     """A loss can be finite and its gradient not: the square root at zero, for one."""
     before = weights(tiny_pipe)
     monkeypatch.setattr(gradient, "prior_preservation_loss", lambda now, was: answer(now).mean())
-    with pytest.raises(
-        DivergedError, match="(prior loss became nan|gradient is nan) at iteration 1.*Lower lr"
-    ):
+    with pytest.raises(DivergedError, match="(prior loss|gradient) is nan at iteration 1.*Lower lr"):
         forget()
     assert not changed(tiny_pipe, before)
 
@@ -413,6 +399,7 @@ def copy_of(pipe, dtype: torch.dtype):
 SLOW16 = pytest.param(torch.float16, marks=pytest.mark.slow)  # few processors multiply these quickly
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, SLOW16])
 def test_sixteen_bits_follow_the_path_of_32(tiny_master, forget, dtype):
     """What is trained is in 32 bits meanwhile, whatever the pipeline stores; fp16 with a scaler."""

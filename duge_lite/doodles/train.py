@@ -792,17 +792,7 @@ def main() -> None:
     parser.add_argument("--pair-steps", type=int, default=Recipe.pair_steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--compile", action="store_true", help="by torch.compile; the same up to rounding")
-    parser.add_argument("--report", action="store_true", help="measure what is in OUT instead of training")
-    parser.add_argument("--figures", action="store_true", help="draw the pictures of README and data card")
     args = parser.parse_args()
-    if args.report or args.figures:
-        from .report import figures, judge_figures, report
-
-        if args.report:
-            report(args.out, judge_only=args.judge)
-        else:
-            (judge_figures if args.judge else figures)(args.out)
-        return
     steps = {"unet_steps": args.unet_steps, "pair_steps": args.pair_steps}
     recipe = Recipe(args.images, args.seed, **steps, compile=args.compile)
     started, work = time.time(), args.work or args.out / ".training"

@@ -1,10 +1,12 @@
-"""What is in ``data/``: ``python -m duge_lite.doodles.train --report`` measures, ``--figures`` draws.
+"""What is in ``data/``: measures it, and draws the pictures of README and data card.
 
-With ``--judge``, only what is the judge's.
+python tools/report.py            # the numbers of the data card (--judge: the judge's alone)
+python tools/report.py --figures  # the pictures (--judge: the judge's alone)
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from pathlib import Path
 
@@ -15,17 +17,24 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
-from ..attention import trace
-from ..baselines import uce
-from ..config import UnlearnConfig
-from ..evaluation import OTHER, Judge, evaluate, wilson_interval
-from ..figures import KEPT, LOST, Plot, contact_sheet, word_overlay
-from ..models import load_oracle, load_pipeline, sample
-from ..unlearning import unlearn
-from ..widgets import before_and_after
-from .captions import prompt
-from .draw import BACKGROUNDS, OBJECTS, STYLES, draw_scene, sample_scene
-from .unseen import UNSEEN, unseen
+from duge_lite import (
+    Judge,
+    UnlearnConfig,
+    data_dir,
+    evaluate,
+    load_oracle,
+    load_pipeline,
+    sample,
+    trace,
+    unlearn,
+)
+from duge_lite.baselines import uce
+from duge_lite.doodles.captions import prompt
+from duge_lite.doodles.draw import BACKGROUNDS, OBJECTS, STYLES, draw_scene, sample_scene
+from duge_lite.doodles.unseen import UNSEEN, unseen
+from duge_lite.evaluation import OTHER, wilson_interval
+from duge_lite.figures import KEPT, LOST, Plot, contact_sheet, word_overlay
+from duge_lite.widgets import before_and_after
 
 
 def fresh(count: int, seed: int = 987_654_321) -> tuple[list[Image.Image], list]:
@@ -321,3 +330,19 @@ def report(out: Path, images: int = 25, judge_only: bool = False) -> None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         print(f"| {path.relative_to(out).as_posix()} | {path.stat().st_size / 1000:.0f} | `{digest}` |")
     print(f"\nAll weights together: {total / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=data_dir(), help="where the models are")
+    parser.add_argument("--judge", action="store_true", help="only what is the judge's")
+    parser.add_argument("--figures", action="store_true", help="draw instead of measuring")
+    args = parser.parse_args()
+    if args.figures:
+        (judge_figures if args.judge else figures)(args.out)
+    else:
+        report(args.out, judge_only=args.judge)
+
+
+if __name__ == "__main__":
+    main()
