@@ -79,8 +79,8 @@ class Recipe:
     seed: int = 0
     clip_steps: int = 1_800
     autoencoder_steps: int = 4_500
-    judge_steps: int = 3_000
-    nothings: int = 12_000  # pictures of nothing that the judge learns from
+    judge_steps: int = 4_000
+    nothings: int = 16_000  # pictures of nothing that the judge learns from
     redrawn: int = 3_000  # of the drawings, and of those of nothing, once more in the model's hand
     decoder_steps: int = 900
     unet_steps: int = 7_000
@@ -411,7 +411,7 @@ class Lessons:
 
     pictures: Mapping[str, np.ndarray]
     labels: Mapping[str, torch.Tensor]
-    share = {"drawn": 28, "redrawn": 10, "nothing": 16, "nothing redrawn": 6, "broken": 4}
+    share = {"drawn": 24, "redrawn": 16, "nothing": 18, "nothing redrawn": 4, "broken": 2}
 
     @classmethod
     def cached(cls, world: World, pipe: StableDiffusionPipeline, recipe: Recipe, folder: Path) -> Lessons:
@@ -430,7 +430,9 @@ class Lessons:
         pictures, labels = {"drawn": world.images}, {"drawn": world.labels()}
         count, many = min(recipe.redrawn, len(world.scenes)), min(recipe.redrawn, recipe.nothings)
         captions = [c[0] for c in world.captions[:count]]
-        kept("redrawn", lambda: (_redraw(pipe, world.images[:count], captions, 500), world.labels()[:count]))
+        shown = world.labels()[:count]
+        shown[:, len(OBJECTS) + len(STYLES) :] = torch.nan  # the model may choose another background
+        kept("redrawn", lambda: (_redraw(pipe, world.images[:count], captions, 650), shown))
         kept("nothing", lambda: draw_nothings(range(recipe.nothings), recipe.seed))
         nothing, told = pictures["nothing"][:many], labels["nothing"][:many]
         kept("nothing redrawn", lambda: (_redraw(pipe, nothing, [""] * many, 120), told))
@@ -467,13 +469,18 @@ def draw_nothings(numbers: range, seed: int) -> tuple[np.ndarray, torch.Tensor]:
 def _redraw(
     pipe: StableDiffusionPipeline, images: np.ndarray, captions: Sequence[str], latest: int
 ) -> np.ndarray:
-    """In parts of 50, each noised to a moment of its own up to ``latest``; every fifth only decoded again."""
+    """In parts of 50, each noised to a moment of its own up to ``latest``; every fifth only decoded again.
+
+    Every other part under a caption is guided, as the model's pictures are.
+    """
     out = []
     for start in range(0, len(images), 50):
         generator = _generator(latest, "redraw", start)
         moment = int(torch.randint(latest // 5, latest, (1,), generator=generator)) if start % 250 else 0
         part = [Image.fromarray(i) for i in images[start : start + 50]]
-        out.append(redrawn(pipe, part, captions[start : start + 50], moment, generator))
+        texts = captions[start : start + 50]
+        scale = 4.0 if start % 100 and any(texts) else 1.0
+        out.append(redrawn(pipe, part, texts, moment, generator, scale))
     return np.concatenate(out)
 
 
@@ -521,7 +528,7 @@ def calibrate(
     nothing, told = draw_nothings(numbers, recipe.seed)
     third = count // 3
     again = _redraw(
-        pipe, images[:third], [c[0] for c in captions[:third]], 501
+        pipe, images[:third], [c[0] for c in captions[:third]], 651
     )  # other noise than in training
     nothing_again = _redraw(pipe, nothing[:third], [""] * third, 121)
     shown = drawn.labels()
