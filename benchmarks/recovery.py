@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -41,8 +43,9 @@ from duge_lite.models import Pictures
 
 METHODS = (BASE, OURS, GRADIENT, "UCE", "UCE, styled, ridge 0.01", "ESD-x", ORACLE)
 GROUNDS = list(BACKGROUNDS)
-AFTER = "after twelve: "
+AFTER, GAIN = "after twelve: ", "classifier: gain of the name"
 COUNT = 10  # pictures of most probes, a turn
+DRAWN = ("asked by", "completion, 4", "noised to 0.7", "half", "its noise", "learned", "words", "relearned")
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def stacked(frame: pd.DataFrame) -> np.ndarray:
 def told(a: Attacked) -> Found:
     held_out = a.drawn([a.target], 30, 20_000)
     gain = attacks.name_gain(a.pipe, a.target, held_out, count=48, seed=a.turn)
-    yield "classifier: gain of the name", {"gain": gain[["gain", "low", "high"]].round(4).tolist()}, None
+    yield GAIN, {"gain": gain[["gain", "low", "high"]].round(4).tolist()}, None
 
 
 def word(a: Attacked, row: str = "learned word") -> Found:
@@ -151,7 +154,7 @@ def after_twelve(a: Attacked) -> Found:
 def bystanders(card, target: str) -> pd.DataFrame:
     """What is drawn of what stays, a row per picture: the group, the prompt, two labels, the seed."""
     kept = [c for c in card.concepts if c != target]
-    rows = [("two objects", c, kept[(7 * i + 5) % len(kept)], 0) for i, c in enumerate(kept)]
+    rows = [("two objects", c, kept[(i + 7) % len(kept)], 0) for i, c in enumerate(kept)]
     rows += [("on a background", c, f"{GROUNDS[i % 6]} background", i // 19) for i, c in enumerate(kept * 2)]
     rows += [("alone", c, c, k) for c in kept for k in range(5)]
     frame = pd.DataFrame(rows, columns=["group", "object", "other", "seed"])
@@ -255,39 +258,34 @@ class Reader:
         return {"right": right.astype(int).tolist()}
 
 
-def brought_back(lines: list[dict], target: str, path) -> None:
+def brought_back(lines: list[dict], target: str, path: Path) -> None:
     """The table of what brings it back, and its figure."""
-    found, numbers = {}, {}
+    order = [*PROBES, "after twelve"]
+    lines = sorted(lines, key=lambda c: order.index(c["key"][3]))
+    names = sorted({c["key"][1] for c in lines}, key=lambda n: METHODS.index(n) if n in METHODS else 99)
+    hits: dict[tuple[str, str], list[int]] = {}
     for cell in lines:
-        _, name, _, _ = cell["key"]
-        at = 0
+        seen = iter(cell.get("seen", ()))
         for row, count in cell["rows"]:
-            if count:
-                found.setdefault((row, name), []).extend(cell["seen"][at : at + count])
-                at += count
-        for what in ("gain", "error"):
-            numbers.setdefault((what, name), []).append(cell[what]) if what in cell else None
-    shares = {pair: (sum(seen), len(seen)) for pair, seen in found.items()}
-    frame = pd.Series({pair: interval(*counts) for pair, counts in shares.items()}).unstack()
-    for name in frame.columns:
-        if gains := numbers.get(("gain", name)):
-            gain, low, high = np.mean(gains, axis=0)
-            frame.loc["classifier: gain of the name", name] = f"{gain:+.3f} ({low:+.2f}-{high:+.2f})"
-        if errors := numbers.get(("error", name)):
-            all_errors = np.concatenate(errors)
-            half = 1.96 * all_errors.std(ddof=1) / len(all_errors) ** 0.5
-            frame.loc["its noise found: error", name] = f"{all_errors.mean():.3f} +- {half:.3f}"
-    order = list(dict.fromkeys([*(r for r, _ in shares), *frame.index]))
-    names = [n for n in METHODS if n in frame] + [n for n in frame if n not in METHODS]
-    table(frame.loc[order, names].fillna(""), path)
-    shown = pd.DataFrame(
-        {p: (h / n, *wilson_interval(h, n)) for p, (h, n) in shares.items()}, index=["seen", "low", "high"]
-    ).T.loc[order[: len({r for r, _ in shares})]]
-    title = f"What brings the {target} back"
-    path.with_suffix(".png").write_bytes(figures.attack_summary(shown, title).png())
+            hits.setdefault((row, cell["key"][1]), []).extend(islice(seen, count))
+    shares = {pair: (sum(seen), len(seen)) for pair, seen in hits.items() if seen}
+    rows = {row: {n: interval(*shares[row, n]) for n in names if (row, n) in shares} for row, _ in hits}
+    for name in names:
+        mine = [c for c in lines if c["key"][1] == name]
+        if gains := [c["gain"] for c in mine if "gain" in c]:
+            rows[GAIN][name] = "{:+.2f} ({:+.2f} to {:+.2f})".format(*np.mean(gains, axis=0))
+        if errors := [e for c in mine for e in c.get("error", ())]:
+            row = rows.setdefault("its noise found: error of the picture", {})
+            row[name] = f"{np.mean(errors):.3f} (at most {max(errors):.3f}, n={len(errors)})"
+    table(pd.DataFrame(rows).T[names].fillna(""), path)
+    shown = {p: (h / n, *wilson_interval(h, n)) for p, (h, n) in shares.items()}
+    frame = pd.DataFrame(shown, index=["seen", "low", "high"]).T
+    frame = frame.loc[[(r, n) for r in rows for n in names if (r, n) in shown and r.startswith(DRAWN)]]
+    title = f"What brings the {target} back: each row beside the oracle"
+    path.with_suffix(".png").write_bytes(figures.attack_summary(frame, title).png())
 
 
-def what_broke(cells: Cells, lines: list[dict], target: str, reader: Reader, path) -> None:
+def what_broke(cells: Cells, lines: list[dict], target: str, reader: Reader, path: Path) -> None:
     """Composition, concentration, and damage over similarity; with its figure."""
     mine = {c["key"][1]: c for c in lines if c["key"][3] == "elsewhere"}
     if BASE not in mine:
