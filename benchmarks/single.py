@@ -4,16 +4,15 @@
     python benchmarks/single.py --only ours UCE  # these rows, in this order
     python benchmarks/single.py --cells          # only what is gone and what is kept
     python benchmarks/single.py --timing         # processor seconds: all methods in turns, in one run
-    python benchmarks/single.py --inversion      # a word learned for apples, by method
     python benchmarks/single.py --sweep          # the exact solver's settings: quality against seconds
     python benchmarks/single.py --table          # only tables and figures, from what is there
 
 Shares of what is kept are relative to the base model on the same seeds; "gone" is 1 - accuracy. Indirect:
 other phrasings and synonyms that forgetting never saw; beside another: the concept next to an object that
-stays. KID: of other objects' photos against the base's of other seeds, minus the base's own. Inversion: 60
-steps for one word on 30 drawn apples, the share of 20 pictures that show one, mean of 2 starts. ERR:
-harmonic mean of gone, others, related, indirect and 1 - inversion, where all of them were measured (apple,
-seed 0). A unit of time is what drawing 100 pictures in 10 steps takes in the same run.
+stays. KID: of other objects' photos against the base's of other seeds, minus the base's own. Inversion: the
+learned word of recovery.py: 20 pictures that show an apple, mean over starts. ERR: harmonic mean of gone,
+others, related, indirect and 1 - inversion, where all were measured (apple, seed 0). A unit of time is
+what drawing 100 pictures in 10 steps takes in the same run.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from common import BASE, ORACLE, RESULTS, STEPS, Cells, Method
+from common import BASE, ORACLE, RESULTS, STEPS, Cells, Method, judge_id
 
 from common import chosen, cpu, draw, images, interval, methods, table  # isort: skip
 
 import duge_lite as duge
-from duge_lite import attacks, figures
+from duge_lite import figures
 from duge_lite.config import UnlearnConfig
-from duge_lite.doodles import BACKGROUNDS, captions
 from duge_lite.evaluation import err, kid
 
 TARGETS = ("apple", "umbrella", "car", "sunglasses", "broccoli")
@@ -132,31 +130,7 @@ class Reader:
         return counts | shares | {"KID over base": far[0] - far[1]}
 
 
-# ---------------------------------------------------------------------------- a learned word; time
-
-
-def inversion(cells: Cells, rows: dict[str, Method], starts: int) -> None:
-    base = duge.load_pipeline()
-    card, grounds = duge.model_card(base), list(BACKGROUNDS)
-    places = [(card.styles[i % 5], grounds[i % 6], 10_000 + i) for i in range(30)]
-    drawn = [duge.doodles.draw("apple", *place) for place in places]
-    apples = attacks.encode_pictures(base, drawn, [card.prompts("apple")[i % 5] for i in range(30)])
-    for start in range(starts):
-        for name, method in rows.items():
-            key, pipe = ("inversion", name, start), duge.load_pipeline()
-            if key in cells:
-                continue
-            began = time.perf_counter()
-            if name == ORACLE:
-                pipe = duge.load_oracle(pipe, "apple")
-            elif name != BASE:
-                method.forget(pipe, "apple", 0)
-            for state in attacks.invert_steps(pipe, "apple", apples, 60, seed=start):
-                vector = state.vector
-            with attacks.new_word(pipe, vector) as word:
-                text = f"{captions.nameless()} of {captions.with_article(word)}"
-                cells.add(key, {}, draw(pipe, [text] * 20, range(20_000, 20_020)))
-            print(f"{key}: {time.perf_counter() - began:.0f} s", flush=True)
+# ---------------------------------------------------------------------------- time
 
 
 def timing(cells: Cells, rows: dict[str, Method], rounds: int) -> None:
@@ -218,14 +192,27 @@ def rows_of(lines: list[dict]) -> dict[str, dict[str, object]]:
     return found
 
 
+def learned_words(lines: list[dict]) -> dict[str, dict[int, float]]:
+    """Of each method and start how often a learned word shows an apple: by recovery.py, and older cells."""
+    found: dict[str, dict[int, float]] = {}
+    for cell in lines + list(Cells(RESULTS / "recovery.jsonl").lines().values()):
+        key = cell["key"]
+        if "seen" in cell and cell["judge"] == judge_id():
+            if key[0] == "inversion":
+                found.setdefault(key[1], {})[key[2]] = cell["seen"]
+            elif key[0] == "apple" and key[3] == "word":
+                found.setdefault(key[1], {})[key[2]] = float(np.mean(cell["seen"]))
+    return found
+
+
 def summarise(cells: Cells) -> None:
     lines = cells.read(Reader(cells))
-    measured = [c for c in lines if "gone" in c]
+    measured, words = [c for c in lines if "gone" in c], learned_words(lines)
     rows = rows_of(measured)
     for name, row in rows.items():
         took = [c["cpu"] for c in measured if c["key"][0] == name and "cpu" in c]
         row["cpu s, own run"] = np.median(took or [np.nan])
-        seen = [c["seen"] for c in lines if c["key"][:2] == ["inversion", name] and "seen" in c]
+        seen = list(words.get(name, {}).values())
         row["inversion"], row["starts"] = (np.mean(seen), len(seen)) if seen else (np.nan, 0)
         apple = next((c for c in measured if c["key"] == [name, "apple", 0]), None)
         if seen and apple:
@@ -285,18 +272,15 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--rounds", type=int, default=3, help="of the timing")
-    parser.add_argument("--starts", type=int, default=2, help="of the inversion")
-    for part in ("cells", "timing", "inversion", "sweep", "table", "no-table"):
+    for part in ("cells", "timing", "sweep", "table", "no-table"):
         parser.add_argument(f"--{part}", action="store_true")
     args = parser.parse_args(words)
     cells, settings, rows = Cells(RESULTS / "single.jsonl"), Cells(RESULTS / "sweep.jsonl"), chosen(args.only)
-    everything = not (args.cells or args.timing or args.inversion or args.sweep or args.table)
+    everything = not (args.cells or args.timing or args.sweep or args.table)
     if args.cells or everything:
         run(cells, rows, args.targets, args.seeds)
     if args.timing or everything:
         timing(cells, rows, args.rounds)
-    if args.inversion or everything:
-        inversion(cells, rows, args.starts)
     if args.sweep or everything:
         run(cells, {}, list(TARGETS[:2]), [0])
         sweep(settings)

@@ -1,21 +1,29 @@
 """Is the concept gone, or only hidden? Ways to get it out of a model that does not draw it when asked.
 
-Each attack takes any pipeline and leaves it as it was found. Success proves little by itself: an attack may
-have taught what it found. So the yardstick is an oracle (:func:`duge_lite.load_oracle`), which never saw
-the concept: gone means as slow to come back as there. Yardstick and numbers are ours.
+By other words, without words, and by learning. Each attack takes any pipeline and leaves it as it was found.
+Success proves little by itself: an attack may have taught what it found. So the yardstick is an oracle
+(:func:`duge_lite.load_oracle`), which never saw the concept: gone means as slow to come back as there.
+Yardstick and numbers are ours. ``options`` are those of :func:`survey`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import pandas as pd
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -51,16 +59,28 @@ def survey(
     """
     card = model_card(pipe)
     check_countable(card, concept)
-    judge = judge or Judge.load(card)
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in range(images)]
     frame = pd.DataFrame(rows, columns=["group", "prompt"])
     seeds = [seed + i for _ in prompts for i in range(images)]
     pictures = sample(
         pipe, list(frame.prompt), seeds, **{"num_inference_steps": card.sampling_steps} | options
     )
-    frame["picture"] = pd.Series(pictures, dtype=object)
-    frame["named"] = judge.names(pictures, card.styles if concept in card.styles else card.judged)
-    return frame.assign(seen=judge.sees(pictures, concept))
+    return _judged(pipe, concept, frame, pictures, judge)
+
+
+def _judged(
+    pipe: StableDiffusionPipeline,
+    concept: str,
+    frame: pd.DataFrame,
+    pictures: Sequence[Image.Image],
+    judge: Judge | None,
+) -> pd.DataFrame:
+    """``frame`` with its pictures and what the judge says of them: the columns of :func:`survey`."""
+    card = model_card(pipe)
+    judge = judge or Judge.load(card, pipe.device)
+    named = judge.names(pictures, card.styles if concept in card.styles else card.judged)
+    shown = pd.Series(list(pictures), dtype=object)
+    return frame.assign(picture=shown, named=named, seen=judge.sees(pictures, concept))
 
 
 def shares(survey: pd.DataFrame, concept: str, by: str | Sequence[str] = "group") -> pd.DataFrame:
@@ -90,7 +110,6 @@ def compare(
 
 
 # ---------------------------------------------------------------------------- other words
-# ``options`` are those of survey()
 
 
 def plain(pipe: StableDiffusionPipeline, concept: str, **options: Any) -> pd.DataFrame:
@@ -120,16 +139,134 @@ def leakage(pipe: StableDiffusionPipeline, concept: str, **options: Any) -> pd.D
     return pd.concat([dreams, nameless], ignore_index=True)
 
 
+# ---------------------------------------------------------------------------- pictures, no words
+
+
+def completion(
+    pipe: StableDiffusionPipeline,
+    concept: str,
+    base: StableDiffusionPipeline,
+    at: Sequence[int] = (2, 4, 6),
+    **options: Any,
+) -> pd.DataFrame:
+    """``base`` draws the first steps of the concept, as many as ``at`` says, and ``pipe`` finishes.
+
+    Diffusion completion (arXiv 2505.17013). Both are asked for the concept, guided; a hand-over late enough
+    brings it from any model, so read it beside the oracle. Returns a survey, grouped by "2 of 10 steps".
+    Raises ValueError for more steps than there are.
+    """
+    steps, frames = options.setdefault("num_inference_steps", model_card(pipe).sampling_steps), []
+    for k in at:
+        if not 0 <= k <= steps:
+            raise ValueError(f"at = {k!r}: expected a number of steps from 0 to {steps}")
+        relay = copy(pipe)  # the same parts, but for its denoiser
+        relay.unet = base.unet if k else pipe.unet
+
+        def hand_over(own: Any, step: int, time: Tensor, tensors: dict, k: int = k) -> dict:
+            after = (step + 1) % len(own.scheduler.timesteps)  # 0: the next batch begins
+            own.unet = base.unet if after < k else pipe.unet
+            return tensors
+
+        asked = {f"{k} of {steps} steps": model_card(pipe).prompts(concept)}
+        frames.append(survey(relay, concept, asked, callback_on_step_end=hand_over, **options))
+    return pd.concat(frames, ignore_index=True)
+
+
+@torch.no_grad()
+def redrawing(
+    pipe: StableDiffusionPipeline,
+    concept: str,
+    pictures: Pictures,
+    at: float = 0.7,
+    half: bool = False,
+    num_inference_steps: int | None = None,
+    judge: Judge | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``pictures`` of the concept, noised to the moment ``at`` (1: only noise) and denoised, told nothing.
+
+    The probes of noise and of in-painting (arXiv 2505.17013), under the empty prompt, without guidance. With
+    ``half`` only the left half is given, and the other one begins as noise: it is put back after every step,
+    with the noise of the moment (RePaint, arXiv 2201.09865, without its resampling). Picture i takes its
+    noise from ``seed + i``. Returns a survey.
+    """
+    check_countable(card := model_card(pipe), concept)
+    relay, width, shown = AutoPipelineForImage2Image.from_pipe(pipe), pictures.latents.shape[-1], []
+    relay.set_progress_bar_config(disable=True)
+    given = (torch.arange(width) < width // 2) | (not half)  # (w,)
+    for clean in pictures.latents.split(card.batch_size):  # (B, 4, h, w)
+        lots = [torch.Generator().manual_seed(seed + len(shown) + i) for i in range(len(clean))]
+
+        def put_back(own: Any, step: int, time: Tensor, tensors: dict, lots=lots, clean=clean) -> dict:
+            if half:
+                known, now = clean, tensors["latents"]
+                if len(later := own.scheduler.timesteps[step + 1 : step + 2].cpu()):
+                    noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in lots])
+                    known = own.scheduler.add_noise(clean, noise, later.expand(len(clean)))
+                tensors["latents"] = torch.where(given.to(now.device), known.to(now), now)
+            return tensors
+
+        shown += relay(
+            [""] * len(clean),
+            image=clean * given,
+            strength=1.0 if half else at,
+            num_inference_steps=card.sampling_steps if num_inference_steps is None else num_inference_steps,
+            guidance_scale=1.0,
+            generator=lots,
+            callback_on_step_end=put_back,
+        ).images
+    frame = pd.DataFrame(
+        {"group": "half given" if half else f"noised to {at:g}", "prompt": [""] * len(shown)}
+    )
+    return _judged(pipe, concept, frame, shown, judge)
+
+
+@torch.no_grad()
+def noise_inversion(
+    pipe: StableDiffusionPipeline,
+    concept: str,
+    pictures: Pictures,
+    num_inference_steps: int = 25,
+    judge: Judge | None = None,
+) -> pd.DataFrame:
+    """The noise from which ``pipe`` redraws given ``pictures`` by itself, told nothing; and what it redraws.
+
+    DDIM run backwards, then forwards, under the empty prompt and without guidance, as TINA begins (arXiv
+    2603.17828; its refinement of the noise is left out). A denoiser is nearly invertible whatever it knows,
+    so read it beside the oracle. Returns a survey with the column ``error``: the root of the mean squared
+    difference of latents, in units of the given latents' own standard deviation.
+    """
+    check_countable(card := model_card(pipe), concept)
+    same = {"clip_sample": False, "timestep_spacing": "leading", "set_alpha_to_one": False}
+    there, back, shown, errors = copy(pipe), copy(pipe), [], []
+    there.scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, **same)
+    back.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **same)
+    for clean in pictures.latents.split(card.batch_size):  # (B, 4, h, w)
+        ask = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0, "output_type": "latent"}
+        latents = clean
+        for one in (there, back):
+            latents = one([""] * len(clean), latents=latents.to(pipe.unet.dtype), **ask).images
+        errors += ((latents.cpu() - clean).square().mean((1, 2, 3)).sqrt() / pictures.latents.std()).tolist()
+        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        shown += pipe.image_processor.postprocess(decoded)
+    frame = pd.DataFrame({"group": "inverted", "prompt": "", "error": errors})
+    return _judged(pipe, concept, frame, shown, judge)
+
+
 # ---------------------------------------------------------------------------- attacks that learn
 
 
 @dataclass(frozen=True)
 class AttackState:
-    """After ``step`` steps (from 1): the denoising loss, and the word so far, (D,), if one is learned."""
+    """After ``step`` steps (from 1): the denoising loss; of an attack that seeks words, the one so far.
+
+    ``vector``: of a learned word, (D,); ``words``: of a search in the vocabulary.
+    """
 
     step: int
     loss: float
     vector: Tensor | None = None
+    words: str = ""
 
 
 @torch.no_grad()
@@ -150,6 +287,10 @@ def _reworded(pictures: Pictures, old: str, new: str) -> list[str]:
 
 
 def _noised(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed: int) -> Noised:
+    if pipe.unet.config.addition_embed_type is not None:
+        raise ValueError(
+            "Stable Diffusion XL reads two texts: expected 1.x or 2.x, or a probe that needs no words"
+        )
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     return Noised.of(pictures, count, scheduler, torch.Generator().manual_seed(seed))
 
@@ -189,8 +330,15 @@ def name_gain(
     return pd.Series(values, ("told", "untold", "gain", "low", "high"))
 
 
-def _loss(pipe: StableDiffusionPipeline, batch: Lessons, text: Tensor) -> Tensor:
-    """Mean |noise - unet(x_t, t, text)|^2, a scalar; DivergedError when it is no number."""
+def _loss(pipe: StableDiffusionPipeline, batch: Lessons, vectors: Tensor | None = None) -> Tensor:
+    """Mean |noise - unet(x_t, t, text)|^2, a scalar; DivergedError when it is no number.
+
+    With ``vectors`` of new words the batch's texts are token ids, (B, T), which the encoder reads anew.
+    """
+    text = batch.encoder_hidden_states
+    if vectors is not None:
+        with new_word(pipe, vectors):
+            text = pipe.text_encoder(text)[0]
     loss = prior_preservation_loss(pipe.unet(batch.noisy, batch.timesteps, text).sample, batch.wanted[0])
     if not torch.isfinite(loss):
         raise DivergedError(f"the denoising loss became {loss.item()}: expected a number; lower lr")
@@ -202,16 +350,25 @@ def _mixed(pipe: StableDiffusionPipeline) -> torch.autocast:
     return torch.autocast(pipe.unet.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
+def _scaler(pipe: StableDiffusionPipeline) -> torch.amp.GradScaler:
+    """In float16 a quarter of the gradients would vanish, and an attack look weaker than it is."""
+    return torch.amp.GradScaler(pipe.unet.device.type, enabled=pipe.unet.dtype == torch.float16)
+
+
 @contextmanager
 def new_word(pipe: StableDiffusionPipeline, vector: Tensor) -> Iterator[str]:
     """Inside the block the word "x" enters the text encoder as ``vector``, (D,); no weight changes.
 
-    ``with new_word(pipe, vector) as word: duge.sample(pipe, card.prompt(word))``
+    ``with new_word(pipe, vector) as word: duge.sample(pipe, card.prompt(word))``. Several vectors, (W, D),
+    take turns: they are for texts that say "x" W times.
     """
     token = pipe.tokenizer(PLACEHOLDER, add_special_tokens=False).input_ids[0]
+    vectors = vector.reshape(-1, vector.shape[-1])
 
     def put(module: torch.nn.Module, args: tuple, embedded: Tensor) -> Tensor:
-        return torch.where((args[0] == token)[..., None], vector.to(embedded), embedded)  # (B, T, D)
+        where = args[0] == token  # (B, T)
+        turns = torch.arange(int(where.sum()), device=vectors.device) % len(vectors)
+        return embedded.masked_scatter(where[..., None], vectors[turns].to(embedded))  # (B, T, D)
 
     handle = pipe.text_encoder.get_input_embeddings().register_forward_hook(put)
     try:
@@ -220,13 +377,19 @@ def new_word(pipe: StableDiffusionPipeline, vector: Tensor) -> Iterator[str]:
         handle.remove()
 
 
+def _renamed(pipe: StableDiffusionPipeline, concept: str, pictures: Pictures, words: str) -> Pictures:
+    """``pictures`` that are called ``words``, not ``concept``; their texts are token ids, (n, T)."""
+    texts = _reworded(pictures, model_card(pipe).subject(concept), words)
+    ids = pipe.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return replace(pictures, encoder_hidden_states=ids)
+
+
 def invert_steps(
     pipe: StableDiffusionPipeline,
     concept: str,
     pictures: Pictures,
     steps: int = 60,
     lr: float = 0.05,
-    start: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
 ) -> Iterator[AttackState]:
@@ -234,22 +397,62 @@ def invert_steps(
 
     Concept inversion (Pham et al., arXiv 2308.01508): minimise E|noise - unet(x_t, t, text(v))|^2 over the
     input embedding v of one word (textual inversion, Gal et al., arXiv 2208.01618, eq. 2), which stands where
-    the pictures' prompts name ``concept``. v begins at the mean of all embeddings, or of the words ``start``.
-    Draw with it in :func:`new_word`. Raises ValueError for a prompt that does not name ``concept``.
+    the pictures' prompts name ``concept``. v begins at the mean of all embeddings. Draw with it in
+    :func:`new_word`. Raises ValueError for a prompt that does not name ``concept``.
     """
-    texts = _reworded(pictures, model_card(pipe).subject(concept), captions.with_article(PLACEHOLDER))
-    table = pipe.text_encoder.get_input_embeddings().weight.detach().float()
-    first = pipe.tokenizer(start, add_special_tokens=False).input_ids if start else slice(None)
-    vector = table[first].mean(0).requires_grad_()
-    ids = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids  # (k, T)
-    asked = replace(pictures, encoder_hidden_states=ids)  # the encoder reads them anew in each step
-    optimizer = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0)
+    asked = _renamed(pipe, concept, pictures, captions.with_article(PLACEHOLDER))
+    vector = pipe.text_encoder.get_input_embeddings().weight.detach().float().mean(0).requires_grad_()
+    optimizer, scaler = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0), _scaler(pipe)
     for step, batch in enumerate(islice(_batches(pipe, asked, batch_size, seed), steps), 1):
-        with new_word(pipe, vector), _mixed(pipe):
-            loss = _loss(pipe, batch, pipe.text_encoder(batch.encoder_hidden_states)[0])
-        (vector.grad,) = torch.autograd.grad(loss, [vector])
-        optimizer.step()
+        with _mixed(pipe):
+            loss = _loss(pipe, batch, vector)
+        (vector.grad,) = torch.autograd.grad(scaler.scale(loss), [vector])
+        scaler.step(optimizer)
+        scaler.update()
         yield AttackState(step, loss.item(), vector.detach().clone())
+
+
+def search_steps(
+    pipe: StableDiffusionPipeline,
+    concept: str,
+    pictures: Pictures,
+    steps: int = 12,
+    words: int = 3,
+    candidates: int = 12,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Iterator[AttackState]:
+    """Seeks ``words`` of the vocabulary that make ``pipe`` denoise ``pictures`` best; yields each step's.
+
+    A discrete adversarial prompt, towards the noise itself as UnlearnDiffAtk's (arXiv 2310.11868), by greedy
+    coordinate gradient (Zou et al., arXiv 2307.15043): the loss's slope at every place's embedding says which
+    words promise most; ``candidates`` of the 32 best, at random places, are tried on the same noisy pictures,
+    and the best stays if it is better. Begins with random words. Only words of one token count, and none of
+    the concept's own name. Draw with ``f"a photo of {state.words}"``. Raises ValueError for a prompt that
+    does not name ``concept``.
+    """
+    asked = _renamed(pipe, concept, pictures, " ".join([PLACEHOLDER] * words))
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().float()  # (V, D)
+    read, lots = pipe.tokenizer, torch.Generator().manual_seed(seed)
+    texts = [read.decode([i], skip_special_tokens=True) for i in range(len(read))]
+    alone, own = read(texts, add_special_tokens=False).input_ids, read(concept).input_ids
+    usable = torch.tensor([i for i, ids in enumerate(alone) if ids == [i] and i not in own]).to(table.device)
+    chosen = usable[torch.randint(len(usable), (words,), generator=lots)]  # (W,)
+    for step, batch in enumerate(islice(_batches(pipe, asked, batch_size, seed), steps), 1):
+        vectors = table[chosen].requires_grad_()
+        with _mixed(pipe):
+            loss = _loss(pipe, batch, vectors)
+        (slope,) = torch.autograd.grad(loss * (1024 if pipe.unet.dtype == torch.float16 else 1), [vectors])
+        best = (slope @ table[usable].T).topk(min(32, len(usable)), largest=False).indices  # (W, 32)
+        least = loss.item()
+        for other in [chosen.clone() for _ in range(candidates)]:
+            place, rank = (int(torch.randint(n, (), generator=lots)) for n in best.shape)
+            other[place] = usable[best[place, rank]]
+            with torch.no_grad(), _mixed(pipe):
+                now = _loss(pipe, batch, table[other]).item()
+            if now < least:
+                least, chosen = now, other
+        yield AttackState(step, least, words=" ".join(texts[i] for i in chosen))
 
 
 def relearn_steps(
@@ -267,16 +470,15 @@ def relearn_steps(
     """
     trained, stored = dict(pipe.unet.named_parameters()), pipe.unet.dtype
     before = {name: p.detach().clone() for name, p in trained.items()}
-    mixed = _mixed(pipe)
+    mixed, scaler = _mixed(pipe), _scaler(pipe)  # by what is stored: what is trained is in 32 bits
     with training(pipe.unet, trained):
         optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
-        scaler = torch.amp.GradScaler(pipe.unet.device.type, enabled=stored == torch.float16)
         try:
             for step, batch in enumerate(islice(_batches(pipe, pictures, batch_size, seed), steps), 1):
                 with mixed:
-                    loss = _loss(pipe, batch, batch.encoder_hidden_states)
+                    loss = _loss(pipe, batch)
                 optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()  # in 16 bits a quarter of the gradients would vanish
+                scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 with rounded(trained, stored):

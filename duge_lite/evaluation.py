@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from .errors import ModelNotFoundError, UnknownConceptError
-from .models import ModelCard, data_dir, model_card, sample, trouble
+from .models import ModelCard, data_dir, default_device, model_card, sample, trouble
 
 OTHER = "something else"
 """What a judge says of a picture that shows none of what was asked for: one with an open choice, or one that
@@ -47,14 +49,18 @@ class Judge:
     open_choice: bool = False
 
     @classmethod
-    def load(cls, source: str | Path | ModelCard = "doodle") -> Judge:
+    def load(
+        cls, source: str | Path | ModelCard = "doodle", device: str | torch.device | None = None
+    ) -> Judge:
         """The judge of a model's card, which knows its concepts by their names: ``Judge.load(card)``.
 
         Or the shipped doodle judge, or any image classifier in a local folder or on the hub, by its own
-        labels. Raises ModelNotFoundError when it is missing.
+        labels. ``device`` is by default the one that pipelines go to. Raises ModelNotFoundError when it is
+        missing.
         """
         if isinstance(source, ModelCard):
-            return replace(cls.load(source.judge), words=source.labels, open_choice=source.open_choice)
+            told = cls.load(source.judge, device)
+            return replace(told, words=source.labels, open_choice=source.open_choice)
         folder = data_dir() / "doodle-judge" if str(source) == "doodle" else source
         try:
             model = ResNetForImageClassification.from_pretrained(
@@ -68,7 +74,7 @@ class Judge:
                 f"no judge at {folder}: expected an image classifier saved by `save_pretrained`, "
                 f"as safetensors{trouble(error, folder)}"
             ) from error
-        return cls(model.eval(), processor)
+        return cls(model.eval().to(device or default_device()), processor)
 
     @property
     def labels(self) -> list[str]:
@@ -104,6 +110,12 @@ class Judge:
             rows.append(self.model(self.pixels(images[start : start + 128])).logits.float().cpu())
         frame = pd.DataFrame(torch.cat(rows).numpy(), columns=known)
         return frame if labels is None else frame[list(labels)]
+
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """What it sees before it names: the pooled last layer, (N, D), float32 on the CPU."""
+        parts = [self.pixels(images[i : i + 128]) for i in range(0, len(images), 128)]
+        return torch.cat([self.model.resnet(p).pooler_output.flatten(1).float().cpu() for p in parts])
 
     def knows(self, concept: str) -> bool:
         """Whether it has a label for ``concept``."""
@@ -184,14 +196,16 @@ def evaluate(
     a concept that the model's card does not list, ValueError for one that its judge does not know.
     """
     card = card or model_card(pipe)
-    if isinstance(concepts, str):
-        raise TypeError(f"concepts = {concepts!r}: expected a list of names")
+    if isinstance(concepts, str) or not isinstance(concepts, Iterable | None):
+        raise TypeError(f'concepts = {concepts!r}: expected a list of names, such as ["apple", "orange"]')
     concepts = list(card.judged if concepts is None else concepts)
+    if not isinstance(images, Integral):
+        raise TypeError(f"images = {images!r}: expected a whole number of pictures of each concept")
     if not concepts or images < 1:
         raise ValueError(f"{len(concepts)} concepts, {images} images: expected at least one of each")
     for concept in concepts:
         check_countable(card, concept)
-    judge = judge or Judge.load(card)
+    judge = judge or Judge.load(card, pipe.device)
 
     def asked(concept: str) -> list[str]:
         texts = card.prompts(concept) if concept in card.styles else [card.prompt(concept, style)]
@@ -284,26 +298,24 @@ def err(forgetting: float, retention: float, adjacent: float, indirect: float, a
 def kid(before: Sequence[Image.Image], after: Sequence[Image.Image], judge: Judge) -> float:
     """Kernel inception distance of two sets of pictures, in the judge's own features (offline).
 
-    0 for the same distribution (it can be a little below, the estimate is unbiased); the polynomial
-    kernel of Binkowski et al., arXiv 1801.01401, over all pictures at once, by torchmetrics. Comparable only
-    with other distances that the same judge measured on as many pictures.
+    0 for the same distribution (it can be a little below, the estimate is unbiased): the squared maximum mean
+    discrepancy under the kernel (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401), over all pictures at
+    once. Comparable only with other distances that the same judge measured on as many pictures.
 
-    Raises ImportError when torchmetrics is not installed, ValueError for fewer than two pictures.
+    Raises ValueError for fewer than two pictures.
     """
-    try:
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        raise ImportError("kid needs torchmetrics: `pip install torchmetrics`") from error
-    count = min(len(before), len(after))
-    if count < 2:
+    if min(len(before), len(after)) < 2:
         raise ValueError(f"{len(before)} and {len(after)} pictures: expected at least two of each")
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance`", UserWarning)
-        metric = KernelInceptionDistance(_Features(judge), subsets=1, subset_size=count)
-        torch.manual_seed(0)  # torchmetrics shuffles with the global state: fork_rng puts it back
-        for pictures, real in ((before, True), (after, False)):
-            metric.update(judge.pixels(pictures), real=real)
-        return float(metric.compute()[0])
+    x, y = (judge.features(pictures).double() for pictures in (before, after))  # (m, D), (n, D)
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: torch.Tensor) -> torch.Tensor:
+        same = kernel(a, a)
+        return (same.sum() - same.trace()) / (len(a) * (len(a) - 1))
+
+    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
 @torch.no_grad()
@@ -313,33 +325,28 @@ def clip_score(
     """How well each picture fits its prompt: 100 times the cosine of CLIP's two answers, 0 at least, (N,).
 
     Hessel et al., arXiv 2104.08718, as torchmetrics scales it (its own CLIPScore does not run with
-    transformers 5). ``clip`` is "doodle", a folder or a hub id such as "openai/clip-vit-large-patch14".
-    Raises ModelNotFoundError when it is missing.
+    transformers 5). ``clip`` is "doodle", a folder or a hub id such as "openai/clip-vit-large-patch14"; the
+    last one stays loaded. Raises ModelNotFoundError when it is missing.
     """
-    source = data_dir() / "doodle-clip" if str(clip) == "doodle" else clip
+    model, read, look = _clip(data_dir() / "doodle-clip" if str(clip) == "doodle" else clip)
+    scores = []
+    for i in range(0, len(images), 64):
+        text = read(list(prompts[i : i + 64]), padding=True, truncation=True, return_tensors="pt")
+        pixels = look(list(images[i : i + 64]), return_tensors="pt").pixel_values
+        given = {"input_ids": text.input_ids, "attention_mask": text.attention_mask, "pixel_values": pixels}
+        out = model(**{name: value.to(model.device) for name, value in given.items()})
+        scores.append(100 * (out.image_embeds * out.text_embeds).sum(dim=1).clamp(min=0))
+    return torch.cat(scores).float().cpu().numpy()
+
+
+@lru_cache(maxsize=1)
+def _clip(source: str | Path) -> tuple[CLIPModel, Any, CLIPImageProcessor]:
+    """The model, its tokenizer and its image processor, on the device that pipelines go to."""
     try:
-        model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
+        model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         read, look = AutoTokenizer.from_pretrained(source), CLIPImageProcessor.from_pretrained(source)
     except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
         raise ModelNotFoundError(
             f"no CLIP at {source}: expected a CLIPModel, as safetensors{trouble(error, source)}"
         ) from error
-    scores = []
-    for i in range(0, len(images), 64):
-        text = read(list(prompts[i : i + 64]), padding=True, truncation=True, return_tensors="pt")
-        pixels = look(list(images[i : i + 64]), return_tensors="pt").pixel_values
-        out = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pixels)
-        scores.append(100 * (out.image_embeds * out.text_embeds).sum(dim=1).clamp(min=0))
-    return torch.cat(scores).float().numpy()
-
-
-class _Features(torch.nn.Module):
-    """What the judge sees before it names: the pooled last layer, (N, D)."""
-
-    def __init__(self, judge: Judge) -> None:
-        super().__init__()
-        self.resnet = judge.model.resnet
-
-    @torch.no_grad()
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.resnet(pixels).pooler_output.flatten(1)
+    return model.eval().to(default_device()), read, look

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import family
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import duge_lite as duge
 from duge_lite import attacks, checks
@@ -143,6 +145,165 @@ def test_leakage_never_says_the_name_and_dreams_are_unguided(tiny_pipe, tiny_jud
     assert sizes == [2, 4]  # two pictures, without guidance; two with it
 
 
+# ---------------------------------------------------------------------------- pictures, no words
+
+
+class Dreamer(torch.nn.Module):
+    """A hand-made denoiser: it holds that the finished picture is ``dream(noisy, text)``."""
+
+    def __init__(self, pipe, dream):
+        super().__init__()
+        self.config, self.dtype, self.device = pipe.unet.config, torch.float32, torch.device("cpu")
+        self.dream, self.alphas, self.calls = dream, pipe.scheduler.alphas_cumprod, 0
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, **_):
+        self.calls += 1
+        a = self.alphas[timestep.long().cpu()].reshape(-1, 1, 1, 1)
+        clean = self.dream(sample, encoder_hidden_states)
+        return UNet2DConditionOutput(sample=(sample - a.sqrt() * clean) / (1 - a).sqrt())
+
+
+DREAMS = {
+    "knows": lambda noisy, text: torch.ones_like(noisy),  # an apple is all ones
+    "gone": lambda noisy, text: -torch.ones_like(noisy),
+    "unnamed": lambda noisy, text: noisy.mean((1, 2, 3), keepdim=True).sign().expand_as(noisy),
+}
+"""The one that is only unnamed draws no apple by itself, but goes on with one that it sees."""
+
+
+class Seer:
+    """Sees an apple in what looks more like all ones than like all minus ones; and what was decoded."""
+
+    def __init__(self, pipe):
+        self.pipe, self.latents, own = pipe, [], pipe.vae.config.scaling_factor
+        self.hook = pipe.vae.post_quant_conv.register_forward_pre_hook(
+            lambda conv, args: self.latents.append(args[0] * own)
+        )
+
+    def sees(self, pictures, concept):
+        found = torch.cat(self.latents)[-len(pictures) :]
+        return (found.mean((1, 2, 3)) > 0).numpy()
+
+    def names(self, pictures, among):
+        return ["apple" if seen else "car" for seen in self.sees(pictures, "apple")]
+
+
+@pytest.fixture
+def dreamer(tiny_pipe):
+    """A pipeline of one's own for each dream, and one judge of all of them."""
+    judge = Seer(tiny_pipe)
+
+    def make(dream):
+        own = copy.copy(tiny_pipe)
+        own.unet = Dreamer(tiny_pipe, DREAMS.get(dream, dream))
+        return own, judge
+
+    yield make
+    judge.hook.remove()
+
+
+@pytest.fixture
+def given(tiny_pipe):
+    """Three pictures that are all apple."""
+    prompts = ("a photo of an apple",) * 3
+    return Pictures(torch.ones(3, 4, 16, 16), encode_prompts(tiny_pipe, prompts), prompts)
+
+
+@pytest.mark.parametrize(
+    ("dream", "seen"), [("gone", [0, 0, 1]), ("knows", [1, 1, 1]), ("unnamed", [None, 1, 1])]
+)
+def test_completion_finishes_what_another_began(dreamer, dream, seen):
+    (base, _), (pipe, judge) = dreamer("knows"), dreamer(dream)
+    own = pipe.unet
+    frame = attacks.completion(
+        pipe, "apple", base, at=(0, 2, 4), images=3, judge=judge, num_inference_steps=4, batch_size=2
+    )
+    assert list(frame.group) == [f"{k} of 4 steps" for k in (0, 2, 4) for _ in range(3)]
+    assert (base.unet.calls, own.calls) == (2 * (2 + 4), 2 * (4 + 2))  # two batches each
+    shares = frame.groupby("group", sort=False).seen.mean()
+    assert all(want is None or share == want for share, want in zip(shares, seen, strict=True))
+    assert pipe.unet is own and frame.prompt[0] == "a photo of an apple"
+
+
+def test_completion_by_oneself_is_drawing(tiny_pipe, tiny_judge):
+    how = {"judge": tiny_judge, "images": 2, "num_inference_steps": 3, "seed": 5}
+    alone = attacks.plain(tiny_pipe, "apple", **how)
+    both = attacks.completion(tiny_pipe, "apple", tiny_pipe, at=(0, 1, 3), **how)
+    for i, picture in enumerate(both.picture):
+        assert np.array_equal(np.asarray(picture), np.asarray(alone.picture[i % 2]))
+    with pytest.raises(ValueError, match="at = 4: expected a number of steps from 0 to 3"):
+        attacks.completion(tiny_pipe, "apple", tiny_pipe, at=(4,), **how)
+
+
+@pytest.mark.parametrize(("dream", "seen"), [("gone", 0), ("knows", 1), ("unnamed", 1)])
+def test_noised_apples_come_back_only_where_one_is_known(dreamer, given, dream, seen):
+    pipe, judge = dreamer(dream)
+    frame = attacks.redrawing(pipe, "apple", given, 0.5, judge=judge, num_inference_steps=4)
+    assert pipe.unet.calls == 2  # half of the steps, without guidance
+    assert list(frame.group) == ["noised to 0.5"] * 3 and list(frame.prompt) == [""] * 3
+    assert frame.seen.mean() == seen and list(frame.named) == ["apple" if seen else "car"] * 3
+
+
+def test_the_given_half_stays_and_tells_nothing_of_the_other(dreamer, given):
+    pipe, judge = dreamer("gone")
+    attacks.redrawing(pipe, "apple", given, half=True, judge=judge, num_inference_steps=4)
+    last = judge.latents[-1]
+    torch.testing.assert_close(last[..., :8], given.latents[..., :8])
+    torch.testing.assert_close(last[..., 8:], -given.latents[..., 8:])
+    heard = []
+    pipe, _ = dreamer(lambda noisy, text: heard.append(noisy) or torch.ones_like(noisy))
+    for right in (1.0, -1.0):  # what is not given
+        shown = replace(given, latents=torch.where(torch.arange(16) < 8, given.latents, right))
+        attacks.redrawing(pipe, "apple", shown, half=True, judge=judge, num_inference_steps=4, seed=2)
+    assert len(heard) == 8 and all(torch.equal(heard[i], heard[i + 4]) for i in range(4))
+
+
+def test_the_noise_of_a_picture_is_found_where_there_is_one(dreamer, given):
+    pipe, judge = dreamer("unnamed")
+    scheduler = pipe.scheduler
+    spread = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    given = replace(given, latents=given.latents + 0.1 * spread)
+    frame = attacks.noise_inversion(pipe, "apple", given, judge=judge)
+    assert pipe.scheduler is scheduler and pipe.unet.calls == 50
+    assert frame.seen.all() and (frame.error * float(given.latents.std())).max() < 0.1
+    fickle, _ = dreamer(lambda noisy, text: torch.ones_like(noisy) * (1 if fickle.unet.calls <= 25 else -1))
+    other = attacks.noise_inversion(fickle, "apple", given, judge=judge)
+    assert not other.seen.any() and (other.error * float(given.latents.std())).min() > 1
+
+
+def test_the_error_is_in_units_of_the_pictures_spread(tiny_pipe, pictures, tiny_judge):
+    judge = Seer(tiny_pipe)
+    frame = attacks.noise_inversion(tiny_pipe, "apple", pictures, 5, tiny_judge)
+    judge.hook.remove()
+    rms = (judge.latents[-1] - pictures.latents).square().mean((1, 2, 3)).sqrt()
+    assert list(frame.error) == pytest.approx((rms / pictures.latents.std()).tolist(), rel=1e-4)
+    fine = attacks.noise_inversion(tiny_pipe, "apple", pictures, 25, tiny_judge)
+    assert fine.error.mean() < 0.9 * frame.error.mean()  # smaller steps, better undone
+
+
+@pytest.mark.parametrize("kind", ["sd1", "v", "sdxl"])
+def test_every_family_is_probed_without_words(tokenizer, kind):
+    pipe = family(kind, tokenizer)
+    drawn = duge.sample(pipe, ["a photo of an apple"] * 3, num_inference_steps=1)
+    judge, before = Seer(pipe), fingerprint(pipe)
+    given = attacks.encode_pictures(pipe, drawn, ["a photo of an apple"] * 3)
+    how = {"judge": judge, "num_inference_steps": 2}
+    for frame in (
+        attacks.completion(pipe, "apple", pipe, at=(1,), images=3, **how),
+        attacks.redrawing(pipe, "apple", given, 0.5, **how),
+        attacks.redrawing(pipe, "apple", given, half=True, **how),
+        attacks.noise_inversion(pipe, "apple", given, **how),
+    ):
+        assert len(frame) == 3 and {"group", "prompt", "picture", "named", "seen"} <= set(frame)
+    assert unchanged(pipe, before)
+    if kind == "sdxl":
+        with pytest.raises(ValueError, match="XL reads two texts: expected 1.x or 2.x"):
+            next(attacks.relearn_steps(pipe, given))
+    if kind == "v":
+        fine = attacks.noise_inversion(pipe, "apple", given, 25, judge)
+        assert fine.error.mean() < 0.5 * frame.error.mean()
+
+
 # ---------------------------------------------------------------------------- a new word
 
 
@@ -182,14 +343,12 @@ def test_inversion_learns_a_vector_and_only_that(tiny_pipe, pictures):
 
 def test_inversion_goes_downhill(tiny_pipe, pictures):
     """The first step's gradient is that of the denoising loss, which we compute ourselves."""
-    table = tiny_pipe.text_encoder.get_input_embeddings().weight.detach()
-    (token,) = tiny_pipe.tokenizer("star", add_special_tokens=False).input_ids
-    settings = {"steps": 1, "batch_size": 4, "lr": 1e-3, "start": "star"}
-    (state,) = attacks.invert_steps(tiny_pipe, "apple", pictures, **settings)
-    step = state.vector - table[token]  # AdamW's first step: lr * sign(gradient), downhill
+    first = tiny_pipe.text_encoder.get_input_embeddings().weight.detach().mean(0)
+    (state,) = attacks.invert_steps(tiny_pipe, "apple", pictures, steps=1, batch_size=4, lr=1e-3)
+    step = state.vector - first  # AdamW's first step: lr * sign(gradient), downhill
     batch = next(attacks._batches(tiny_pipe, pictures, 4, seed=0))
-    first = [torch.equal(text, pictures.encoder_hidden_states[0]) for text in batch.encoder_hidden_states]
-    texts = ["a photo of a x" if one else "a neon sign of a x" for one in first]
+    photos = [torch.equal(text, pictures.encoder_hidden_states[0]) for text in batch.encoder_hidden_states]
+    texts = ["a photo of a x" if one else "a neon sign of a x" for one in photos]
 
     def loss(vector):
         with attacks.new_word(tiny_pipe, vector), torch.no_grad():
@@ -197,13 +356,54 @@ def test_inversion_goes_downhill(tiny_pipe, pictures):
             answer = tiny_pipe.unet(batch.noisy, batch.timesteps, text).sample
         return (answer - batch.wanted[0]).square().mean().item()
 
-    assert state.loss == pytest.approx(loss(table[token]), rel=1e-4)
-    assert loss(table[token] + 100 * step) < loss(table[token]) < loss(table[token] - 100 * step)
+    assert state.loss == pytest.approx(loss(first), rel=1e-4)
+    assert loss(first + 100 * step) < loss(first) < loss(first - 100 * step)
 
 
 def test_inversion_needs_the_name_in_every_prompt(tiny_pipe, tiny_memory):
     with pytest.raises(ValueError, match="'a photo of an orange': expected one that says 'an apple'"):
         next(attacks.invert_steps(tiny_pipe, "apple", tiny_memory))
+
+
+# ---------------------------------------------------------------------------- words of the vocabulary
+
+
+@pytest.fixture
+def listener(tiny_pipe, dreamer, given):
+    """Draws an apple when it hears "a photo of star harp", less of one the further away the text is."""
+    secret = encode_prompts(tiny_pipe, ["a photo of star harp"])
+
+    def dream(noisy, text):
+        far = (text - secret).square().mean((1, 2)) / secret.square().mean()
+        return torch.ones_like(noisy) * (1 - far.reshape(-1, 1, 1, 1))
+
+    return dreamer(dream)[0]
+
+
+def test_words_are_sought_that_the_model_listens_to(listener, given):
+    before = fingerprint(listener)
+    how = {"steps": 25, "words": 2, "candidates": 30, "batch_size": 2}
+    states = list(attacks.search_steps(listener, "apple", given, **how))
+    assert states[-1].words == "star harp" and states[-1].loss < 1e-4 < states[0].loss
+    assert unchanged(listener, before) and [s.step for s in states] == list(range(1, 26))
+    again = [s.words for s in attacks.search_steps(listener, "apple", given, **how | {"steps": 3})]
+    assert again == [s.words for s in states[:3]]
+
+
+def test_a_deaf_model_gives_no_words_away(dreamer, given):
+    deaf, _ = dreamer(lambda noisy, text: torch.zeros_like(noisy) + 0 * text.sum())
+    how = {"steps": 4, "batch_size": 2}
+    first = [[s.words for s in attacks.search_steps(deaf, "apple", given, seed=i, **how)] for i in range(2)]
+    assert all(len(set(words)) == 1 for words in first) and first[0] != first[1]  # those it began with
+
+
+def test_words_are_whole_and_not_the_name(tiny_pipe, given):
+    own, read = tiny_pipe.tokenizer("apple").input_ids, tiny_pipe.tokenizer
+    how = {"steps": 2, "candidates": 4, "batch_size": 2}
+    for seed in range(3):
+        for state in attacks.search_steps(tiny_pipe, "apple", given, seed=seed, **how):
+            ids = read(state.words, add_special_tokens=False).input_ids
+            assert len(ids) == len(state.words.split()) == 3 and not set(ids) & set(own)
 
 
 # ---------------------------------------------------------------------------- without a judge
@@ -284,6 +484,30 @@ def test_half_precision_works_and_comes_back_exactly(tiny_pipe, pictures):
     assert state.vector.dtype == torch.float32
     assert attacks.name_gain(pipe, "apple", pictures, count=8).told == pytest.approx(exact.told, rel=0.05)
     assert unchanged(pipe, before)
+
+
+@pytest.mark.filterwarnings("ignore:CPU Autocast")
+@pytest.mark.parametrize("attack", ["invert", "relearn"])
+def test_float16_loses_no_gradients(tiny_pipe, pictures, monkeypatch, attack):
+    """Gradients too small for 16 bits are there all the same: the loss is scaled, and they are not."""
+    own = copy.deepcopy(tiny_pipe.text_encoder).half()
+    pipe = type(tiny_pipe)(**tiny_pipe.components | {"text_encoder": own}, requires_safety_checker=False)
+    pipe.unet.half()
+    loss, step, seen = attacks._loss, torch.optim.AdamW.step, []
+    monkeypatch.setattr(attacks, "_loss", lambda *args: 1e-6 * loss(*args))
+
+    def spy(optimizer, *args):
+        seen.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]))
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    how = {"steps": 1, "batch_size": 2}
+    if attack == "relearn":
+        list(attacks.relearn_steps(pipe, pictures, **how))
+    else:
+        list(attacks.invert_steps(pipe, "apple", pictures, **how))
+    (gradient,) = seen
+    assert (gradient != 0).float().mean() > 0.95 and gradient.abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("attack", ["invert", "relearn"])

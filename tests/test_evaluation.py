@@ -200,6 +200,18 @@ def test_a_missing_judge_teaches(missing, tmp_path, monkeypatch):
         Judge.load(missing)
 
 
+def test_a_judge_goes_where_the_pipeline_is(tiny_pipe, tiny_judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "default_device", lambda: torch.device("meta"))
+    tiny_judge.model.save_pretrained(tmp_path)
+    tiny_judge.processor.save_pretrained(tmp_path)
+    assert Judge.load(tmp_path).model.device.type == "meta"
+    assert Judge.load(tmp_path, "cpu").pixels(pictures(1)).device.type == "cpu"
+    asked = []
+    monkeypatch.setattr(Judge, "load", lambda *where: asked.append(where[1]) or tiny_judge)
+    duge.evaluate(tiny_pipe, ["apple"], images=1, num_inference_steps=1)
+    assert asked == [tiny_pipe.device]
+
+
 def test_a_missing_doodle_judge_teaches(tmp_path, monkeypatch):
     monkeypatch.setattr(duge.evaluation, "data_dir", lambda: tmp_path)
     with pytest.raises(ModelNotFoundError, match="doodle-judge"):
@@ -325,6 +337,22 @@ def test_settings_reach_the_sampler(tiny_pipe, tiny_judge, monkeypatch):
     assert seen["steps"] == 7 and seen["guidance_scale"] == 2.5
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "sentence"),
+    [
+        ({"concepts": "apple"}, TypeError, "concepts = 'apple': expected a list of names"),
+        ({"concepts": 3}, TypeError, "concepts = 3: expected a list of names"),
+        ({"concepts": []}, ValueError, "0 concepts, 10 images: expected at least one of each"),
+        ({"concepts": [3]}, UnknownConceptError, "3"),
+        ({"images": "4"}, TypeError, "images = '4': expected a whole number"),
+        ({"images": 0}, ValueError, "20 concepts, 0 images: expected at least one of each"),
+    ],
+)
+def test_evaluate_says_what_is_of_the_wrong_kind(tiny_pipe, tiny_judge, wrong, error, sentence):
+    with pytest.raises(error, match=sentence):
+        duge.evaluate(tiny_pipe, judge=tiny_judge, **wrong)
+
+
 def test_evaluate_teaches(tiny_pipe, tiny_judge):
     with pytest.raises(UnknownConceptError, match="Did you mean 'umbrella'"):
         duge.evaluate(tiny_pipe, ["umbrela"], judge=tiny_judge)
@@ -447,6 +475,26 @@ def test_kid_is_repeatable_and_leaves_the_global_state_alone(tiny_judge):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_kid_is_torchmetrics_own(tiny_judge):
+    """Of as many pictures on both sides, which is all that it compares at once."""
+    metrics = pytest.importorskip("torchmetrics.image.kid")
+    a, b = drawings("apple", 0, 8), drawings("orange", 0, 8)
+    features = torch.nn.Module()
+    features.forward = lambda pictures: tiny_judge.features([a, b][int(pictures[0])])
+    features.num_features = 8
+    metric = metrics.KernelInceptionDistance(features, subsets=1, subset_size=8)
+    for i in (0, 1):
+        metric.update(torch.tensor([i]), real=not i)
+    assert kid(a, b, tiny_judge) == pytest.approx(float(metric.compute()[0]), rel=1e-3, abs=1e-6)
+
+
+def test_kid_draws_no_lots(tiny_judge, monkeypatch):
+    """Not on CUDA either, whose global generator `torch.manual_seed` would set."""
+    for name in ("manual_seed", "randperm", "rand", "randn"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("it drew lots"))
+    kid(drawings("apple", 0, 3), drawings("orange", 0, 4), tiny_judge)  # other numbers of pictures, too
+
+
 def test_kid_wants_more_than_one_picture(tiny_judge):
     with pytest.raises(ValueError, match="1 and 8 pictures: expected at least two"):
         kid(drawings("apple", 0, 1), drawings("apple", 0, 8), tiny_judge)
@@ -463,3 +511,12 @@ def test_clip_prefers_the_right_caption():
     np.testing.assert_allclose(clip_score(drawn[3:4], [captions.prompt(OBJECTS[3])]), right[3:4], rtol=1e-4)
     with pytest.raises(ModelNotFoundError, match="no CLIP at"):
         clip_score(drawn, ["a"] * 20, "/nowhere")
+
+
+def test_clip_is_loaded_once(monkeypatch):
+    evaluation._clip.cache_clear()
+    load, loaded = evaluation.CLIPModel.from_pretrained, []
+    spy = lambda *args, **how: loaded.append(args) or load(*args, **how)  # noqa: E731
+    monkeypatch.setattr(evaluation.CLIPModel, "from_pretrained", spy)
+    first, second = (clip_score([draw("apple")], ["an apple"]) for _ in range(2))
+    assert len(loaded) == 1 and first == second
