@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import duge_lite as duge
-from duge_lite import sequence, solver, unlearning
+from duge_lite import solver, unlearning
 
 EXACT = duge.UnlearnConfig(num_inference_steps=2, places=8, instead="nearest")
 MEMORY = ["a photo of an orange", "a sketch of a tree", "a photo of a car"]
@@ -49,11 +49,11 @@ def files(folder: Path) -> dict:
 
         module.save_file = count
 
-    for module in (sequence, solver, unlearning):
+    for module in (solver, unlearning):
         spy(module)
     for concepts in (["apple"], ["apple", "neon"]):
         how = dict(memory=MEMORY, progress=False)
-        so_far = sequence.unlearn_sequence(pipe, concepts, EXACT, folder / "sequence", **how)
+        so_far = duge.unlearn_sequence(pipe, concepts, EXACT, folder / "sequence", **how)
         found[len(concepts)] = trained(pipe)
     found["written"] = written
     for name, call in {
