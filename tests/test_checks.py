@@ -32,6 +32,11 @@ CHECKERS = [
     checks.sampling_loop,
     checks.guided,
     checks.average_noise,
+    checks.new_thing,
+    checks.nearest_prototype,
+    checks.harmonic_mean,
+    checks.most_missing,
+    checks.pictures_needed,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
