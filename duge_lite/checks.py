@@ -374,7 +374,7 @@ def book_megabytes(function: Callable) -> Verdict:
 
 
 def new_thing(function: Callable) -> Verdict:
-    """Notebook 09: ``new_thing()``, a list of the doodle world's parts, inside [-1, 1]^2 and not too small."""
+    """Notebook 09: ``new_thing()``, a list of the world's parts, inside [-1, 1]^2 and not too small."""
 
     def about(what: str) -> float | None:
         parts = function()
@@ -385,9 +385,7 @@ def new_thing(function: Callable) -> Verdict:
             return float(np.abs(points).max() <= 1.1)
         if what == "large":
             return float(np.ptp(points, axis=0).max() >= 1)
-        return float(
-            all(len(part.color) == 3 and 0 <= min(part.color) <= max(part.color) <= 255 for part in parts)
-        )
+        return float(all(len(p.color) == 3 and 0 <= min(p.color) <= max(p.color) <= 255 for p in parts))
 
     cases = [
         Case(("inside",), 1.0, "Return a list of Part(points, color), points (n, 2), x and y from -1 to 1."),
@@ -398,7 +396,7 @@ def new_thing(function: Callable) -> Verdict:
 
 
 def nearest_prototype(function: Callable) -> Verdict:
-    """Notebook 09: ``nearest_prototype(features, prototypes)``, for each row the nearest prototype's number."""
+    """Notebook 09: ``nearest_prototype(features, prototypes)``, the number of each row's nearest one."""
     prototypes = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
     cases = [
         Case((prototypes, prototypes), [0, 1, 2], "A prototype is nearest to itself."),
@@ -451,7 +449,7 @@ def most_missing(function: Callable) -> Verdict:
 
 
 def pictures_needed(function: Callable) -> Verdict:
-    """Notebook 09: ``pictures_needed(hit_rate, doubt)``, how many misses in a row leave less than ``doubt``."""
+    """Notebook 09: ``pictures_needed(hit_rate, doubt)``, how many misses in a row are enough."""
     cases = [
         Case(
             (0.9, 0.5), 1, "A model that draws it 9 times in 10 misses once with chance 0.1: one is enough."
