@@ -411,3 +411,93 @@ def book_megabytes(function: Callable) -> Verdict:
         Case(([320, 640, 1280], 10, 16), 1.4336, "Every moment and every place is noted."),
     ]
     return examine(function, cases, "so you can count before you start, for any model.")
+
+
+def new_thing(function: Callable) -> Verdict:
+    """Notebook 09: ``new_thing()``, a list of the world's parts, inside [-1, 1]^2 and not too small."""
+
+    def about(what: str) -> float | None:
+        parts = function()
+        if parts is None or parts is Ellipsis:
+            return None
+        points = np.concatenate([np.asarray(part.points, dtype=float) for part in parts])  # (n, 2)
+        if what == "inside":
+            return float(np.abs(points).max() <= 1.1)
+        if what == "large":
+            return float(np.ptp(points, axis=0).max() >= 1)
+        return float(all(len(p.color) == 3 and 0 <= min(p.color) <= max(p.color) <= 255 for p in parts))
+
+    cases = [
+        Case(("inside",), 1.0, "Return a list of Part(points, color), points (n, 2), x and y from -1 to 1."),
+        Case(("large",), 1.0, "It is small: let it reach over half of the way from -1 to 1 at least."),
+        Case(("colours",), 1.0, "A colour is three whole numbers from 0 to 255: red, green, blue."),
+    ]
+    return examine(about, cases, "that can be drawn in every style.")
+
+
+def nearest_prototype(function: Callable) -> Verdict:
+    """Notebook 09: ``nearest_prototype(features, prototypes)``, the number of each row's nearest one."""
+    prototypes = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
+    cases = [
+        Case((prototypes, prototypes), [0, 1, 2], "A prototype is nearest to itself."),
+        Case((np.array([[2.0, 0.5]]), prototypes), [1], "One picture: still a list, of one number."),
+        Case(
+            (np.array([[1.0, 2.4], [1.4, 0.0], [0.2, 2.6]]), prototypes),
+            [0, 0, 2],
+            "Measure all the distances, features[:, None] - prototypes, and take argmin over the prototypes.",
+        ),
+    ]
+    return examine(function, cases, "the simplest judge that there is.")
+
+
+def harmonic_mean(function: Callable) -> Verdict:
+    """Notebook 09: ``harmonic_mean(shares)``; 0 when one of them is 0."""
+    cases = [
+        Case(([0.5, 0.5],), 0.5, "Of equal shares it is that share."),
+        Case(([1.0, 0.25],), 0.4, "Here 2 / (1/1 + 1/0.25) = 0.4: their number over the sum of 1 / share."),
+        Case(([1.0, 0.0, 1.0],), 0.0, "A share of 0 makes it 0: look for that before you divide."),
+        Case(([1.0, 1.0, 1.0, 0.1],), 4 / 13, "Use as many shares as there are, not always two."),
+    ]
+    return examine(function, cases, "one bad part cannot hide behind four good ones.")
+
+
+def most_missing(function: Callable) -> Verdict:
+    """Notebook 09: ``most_missing(asked, named)``, the name that was asked for and least often seen."""
+    names = ["apple", "car", "tree"]
+
+    def number(asked: list[str], named: list[str]) -> float | None:
+        got = function(asked, named)
+        return got if got is None or got is Ellipsis else float(names.index(got))
+
+    cases = [
+        Case((names, ["apple", "tree", "tree"]), 1.0, "One picture each: return the name that was not seen."),
+        Case(
+            (
+                ["apple", "apple", "car", "car", "tree", "tree"],
+                ["car", "apple", "tree", "star", "tree", "tree"],
+            ),
+            1.0,
+            "Several pictures each: take the name with the smallest *share* of pictures named as asked.",
+        ),
+        Case(
+            (["apple"] * 3 + ["tree"] * 4, ["apple", "star", "star", "tree", "car", "car", "car"]),
+            2.0,
+            "Not equally many pictures of each: compare shares (here 1/3 and 1/4), not counts.",
+        ),
+    ]
+    return examine(number, cases, "who does not answer to his name is a suspect.")
+
+
+def pictures_needed(function: Callable) -> Verdict:
+    """Notebook 09: ``pictures_needed(hit_rate, doubt)``, how many misses in a row are enough."""
+    cases = [
+        Case(
+            (0.9, 0.5), 1, "A model that draws it 9 times in 10 misses once with chance 0.1: one is enough."
+        ),
+        Case(
+            (0.5, 0.1), 4, "n misses in a row have the chance (1 - hit_rate) ** n: 0.5, 0.25, 0.125, 0.0625."
+        ),
+        Case((0.8, 0.03), 3, "0.2, 0.04, 0.008: the first that is not above the doubt is the third."),
+        Case((1.0, 0.05), 1, "Who never misses is caught by one miss: beware of the logarithm of 0."),
+    ]
+    return examine(function, cases, "so you know what a picture of the budget buys.")

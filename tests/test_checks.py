@@ -34,6 +34,11 @@ CHECKERS = [
     checks.average_noise,
     checks.write_loss,
     checks.ridge,
+    checks.new_thing,
+    checks.nearest_prototype,
+    checks.harmonic_mean,
+    checks.most_missing,
+    checks.pictures_needed,
 ]
 each_checker = pytest.mark.parametrize("checker", CHECKERS, ids=lambda c: c.__name__)
 
