@@ -27,7 +27,8 @@ release = PROJECT["version"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = [
-    "docs/*.md", "notebooks/*.ipynb", "data/README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md",
+    "docs/*.md", "notebooks/*.ipynb", "data/README.md",
+    "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md",
 ]  # fmt: skip
 exclude_patterns = [".*", "build", "dist", "runs", "**/.ipynb_checkpoints"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
@@ -116,7 +117,7 @@ def glossary() -> dict[str, str]:
 
 
 def link_terms(app, doctree, docname: str) -> None:
-    """Where a text sets a name of the glossary in bold or italics: its meaning on hover, and the way there."""
+    """A name of the glossary in bold or italics shows its meaning on hover, and leads there."""
     terms = app.duge_glossary
     home = docname == "docs/glossary"
     for node in list(doctree.findall(lambda n: isinstance(n, nodes.strong | nodes.emphasis))):
@@ -150,7 +151,8 @@ def block_math(writer, node) -> None:
 def add_front_door(app, exception) -> None:
     if exception is None and app.builder.format == "html":
         target = app.builder.get_target_uri(root_doc)
-        head = f'<meta charset="utf-8"><meta http-equiv="refresh" content="0; url={target}"><title>{project}</title>'
+        refresh = f'<meta http-equiv="refresh" content="0; url={target}">'
+        head = f'<meta charset="utf-8">{refresh}<title>{project}</title>'
         page = f'<!doctype html><html lang="en">{head}<a href="{target}">{project}</a></html>\n'
         (Path(app.outdir) / "index.html").write_text(page, "utf-8")
 
