@@ -122,6 +122,7 @@ def link_terms(app, doctree, docname: str) -> None:
     home = docname == "docs/glossary"
     for node in list(doctree.findall(lambda n: isinstance(n, nodes.strong | nodes.emphasis))):
         name = node.astext().lower()
+        name = name if name in terms else name.removesuffix("s")
         if name not in terms or isinstance(node.parent, nodes.reference):
             continue
         if home:
