@@ -36,11 +36,12 @@ myst_heading_anchors = 4
 nb_execution_mode = "off"
 nb_mime_priority_overrides = [("html", "text/html", 0)]
 autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": "set"}
-autodoc_typehints = "signature"
+autodoc_typehints = "none"  # docstrings say shapes and units
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "sphinx_book_theme"
 html_title = "Forgetting, seen"
+html_context = {"default_mode": "auto"}
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
