@@ -11,7 +11,7 @@ EXECUTE = $(PY) -m nbconvert --log-level=ERROR --execute --ExecutePreprocessor.t
 ROOT_TOO = $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one often is
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test colab quick nightly run notebooks badges lint format wheel clean
+.PHONY: help lab test colab quick nightly run notebooks book badges lint format wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ help:  ## this list
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv; the first time takes minutes."
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[lab,test]'
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[lab,test,book]'
 	@touch $@
 
 lab: $(STAMP)  ## open the course in JupyterLab
@@ -52,6 +52,10 @@ notebooks: $(STAMP)  ## execute every notebook in place, to refresh the outputs 
 
 badges: $(STAMP)  ## stamp the repository's address (pyproject.toml) into the notebooks' setup cells
 	@$(PY) tools/badges.py
+
+book: $(STAMP)  ## the course as web pages in build/book/, from the notebooks as committed
+	@$(PY) -m sphinx -q -c docs -d build/.doctrees . build/book
+	@echo "Open build/book/index.html"
 
 lint: $(STAMP)  ## style and formatting
 	@$(PY) -m ruff check --quiet

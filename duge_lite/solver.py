@@ -117,7 +117,7 @@ class Sums:
             self.wanted, self.size = g.mT @ f / f.shape[1], g.mT @ g / f.shape[1]
 
     def loss(self, matrix: Tensor, reference: Tensor) -> float:
-        """Mean |W f - W0 f*|^2 over places and channels; both (heads, channels, F)."""
+        """Mean ``|W f - W0 f*|^2`` over places and channels; both (heads, channels, F)."""
         own = torch.einsum("hcd,hde,hce->", matrix, self.heard, matrix)
         both = torch.einsum("hcd,hde,hce->", reference, self.wanted, matrix)
         wanted = torch.einsum("hcd,hde,hce->", reference, self.size, reference)

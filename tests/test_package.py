@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import duge_lite
+from duge_lite.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -197,7 +198,22 @@ def test_wheel_carries_data(tmp_path):
     assert "duge_lite/__init__.py" in names
     assert WEIGHTS
     assert {f"duge_lite/{path.relative_to(ROOT).as_posix()}" for path in WEIGHTS} <= names
-    assert not [n for n in names if ".training" in n or n.startswith(("data/", "tests/"))]
+    assert not [n for n in names if ".training" in n or n.startswith(("data/", "tests/", "notebooks/"))]
+    assert {f"duge_lite/data/course/notebooks/{path.name}" for path in NOTEBOOKS} <= names
+    assert "duge_lite/data/course/docs/glossary.md" in names
+
+
+def test_the_course_can_be_copied_and_nothing_is_overwritten(tmp_path, capsys):
+    main(["copy-notebooks", str(tmp_path)])
+    copied = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.read_bytes() for path in copied] == [path.read_bytes() for path in NOTEBOOKS]
+    for path in copied:
+        linked = re.findall(r"\]\((\.\./[^)]+)\)", path.read_text("utf-8"))
+        there = [link for link in linked if (ROOT / "notebooks" / link).exists()]
+        assert [link for link in there if not (path.parent / link).exists()] == []
+    with pytest.raises(SystemExit):
+        main(["copy-notebooks", str(tmp_path)])
+    assert "is there already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["continual", "single"])

@@ -1,0 +1,119 @@
+"""The book, built from the notebooks as committed, and read in a real Chromium with no network."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+pytest.importorskip("sphinx", reason="the book needs the extra `book` (pip install -e '.[book]')")
+pytest.importorskip("myst_nb", reason="the book needs the extra `book` (pip install -e '.[book]')")
+
+from bs4 import BeautifulSoup  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PENDING = ("growing.png", "09_capstone.ipynb")  # named by notebooks before they are there
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> Path:
+    """The built book; fails on any warning of the build."""
+    folder = tmp_path_factory.mktemp("book")
+    command = [sys.executable, "-m", "sphinx", "-q", "-c", "docs", "-d", str(folder / "trees")]
+    done = subprocess.run([*command, ".", str(folder / "html")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if re.search("WARNING|ERROR", line)]
+    missing = [name for name in PENDING if not list(ROOT.glob(f"*/{name}"))]
+    assert [line for line in lines if not any(name in line for name in missing)] == []
+    return folder / "html"
+
+
+@pytest.fixture(scope="module")
+def pages(book) -> dict[Path, BeautifulSoup]:
+    paths = [path for path in book.rglob("*.html") if "_static" not in path.parts]  # the theme's templates
+    return {path: BeautifulSoup(path.read_text("utf-8"), "html.parser") for path in paths}
+
+
+def test_every_notebook_is_a_chapter_with_a_card_on_the_first_page(book, pages):
+    names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert names == {path.stem for path in (book / "notebooks").glob("*.html")}
+    cards = pages[book / "docs" / "index.html"].select(".chapter")
+    assert len(cards) == len(names) and all(card.find("a") for card in cards)
+
+
+def test_no_internal_link_is_broken(pages):
+    broken, ids = [], {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in pages.items()}
+    for path, page in pages.items():
+        for tag in page.find_all(["a", "img", "link", "script"]):
+            link = tag.get("href") or tag.get("src") or ""
+            if not link or re.match(r"[a-z]+:|//", link):
+                continue
+            address, anchor = urldefrag(link)
+            target = (path.parent / unquote(address.split("?")[0])).resolve() if address else path
+            if not target.exists() or (anchor and target in ids and anchor not in ids[target]):
+                broken.append((path.name, link))
+    assert [link for link in broken if not any(name in link[1] for name in PENDING)] == []
+
+
+def test_every_picture_has_an_alternative_text_and_nothing_is_fetched(pages):
+    for path, page in pages.items():
+        assert [str(img)[:200] for img in page.find_all("img") if not img.get("alt")] == [], path.name
+        loaded = [tag.get("src", "") for tag in page.find_all(["img", "script", "iframe"])]
+        loaded += [tag["href"] for tag in page.find_all("link", rel="stylesheet")]
+        assert [address for address in loaded if re.match("(https?:)?//", address)] == [], path.name
+
+
+def test_plumbing_is_folded_and_the_size_is_kept(book, pages):
+    for path in (book / "notebooks").glob("*.html"):
+        folded = pages[path].select("details.hide")
+        assert any("%pip install" in cell.text for cell in folded), path.name
+        assert not pages[path].select("details[open]"), path.name
+    assert sum(path.stat().st_size for path in book.rglob("*") if path.is_file()) <= 25_000_000
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+def test_pages_in_a_browser_without_a_network(book):
+    from playwright.sync_api import sync_playwright
+
+    faults, wanted = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(offline=True)
+        context.on(
+            "request", lambda r: wanted.append(r.url) if not r.url.startswith(("file:", "data:")) else None
+        )
+        for width in (1280, 400):
+            for name in ("index.html", "notebooks/01_a_picture_out_of_noise.html", "docs/glossary.html"):
+                page = context.new_page()
+                page.set_viewport_size({"width": width, "height": 900})
+                page.on("pageerror", lambda error: faults.append(str(error)))
+                page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+                page.goto((book / name).as_uri())
+                page.locator("article h1").first.wait_for(timeout=60_000)
+                wide = page.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, f"{name} is {wide} wide at {width}"
+                if "notebooks" in name:
+                    box = page.locator("div.math math").first.bounding_box()
+                    assert box["width"] > 50 and box["height"] > 15, "a formula is drawn"
+                    cell = page.locator("details.hide").first
+                    cell.locator("summary").click()
+                    assert cell.locator("pre").first.is_visible()
+                    slider, said = (
+                        page.locator("[data-duge-slides] input"),
+                        page.locator("[data-duge-slides] output"),
+                    )
+                    if slider.count():
+                        first = said.first.inner_text()
+                        slider.first.press("End")
+                        assert said.first.inner_text() != first
+                page.close()
+        browser.close()
+    assert wanted == []
+    assert [fault for fault in faults if "ERR_FILE_NOT_FOUND" not in fault] == []
