@@ -144,7 +144,7 @@ def counted_solve(shape: dict, forget: str = "apple") -> dict[str, float]:
         return torch.stack([torch.randn(77, width, generator=seed) for seed in seeds]), None
 
     pipe = SimpleNamespace(unet=unet, encode_prompt=encode_prompt)
-    book, goes = PictureBook(pipe, card, config), card.concept(forget)
+    book, goes = PictureBook(pipe, card, config), card.concept(forget, config.instead)
     rows, prompts = 2 * config.places * config.num_inference_steps, {*book.memory, *goes.prompts}
     for prompt in prompts:
         book.seen[prompt] = {n: torch.randn(rows, a.to_q.in_features).half() for n, a in book.layers.items()}

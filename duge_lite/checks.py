@@ -181,7 +181,7 @@ def average_noise(function: Callable) -> Verdict:
 
 
 def attention_weights(function: Callable) -> Verdict:
-    """Notebook 01: ``attention_weights(query, keys)``, the softmax of the scaled dot products."""
+    """Notebook 02: ``attention_weights(query, keys)``, the softmax of the scaled dot products."""
     keys = np.array([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     even = np.full(3, 1 / 3)
     scores = np.array([2.0, 0.0, 0.0]) / np.sqrt(2)
@@ -202,7 +202,7 @@ def attention_weights(function: Callable) -> Verdict:
 
 
 def scaled_share(function: Callable) -> Verdict:
-    """Notebook 01: ``scaled_share(share, factor)``, one word's new share when its weight is scaled."""
+    """Notebook 02: ``scaled_share(share, factor)``, one word's new share when its weight is scaled."""
     cases = [
         Case((0.2, 1.0), 0.2, "A factor of 1 changes nothing."),
         Case((0.2, 0.0), 0.0, "A factor of 0 removes the word."),
@@ -213,7 +213,7 @@ def scaled_share(function: Callable) -> Verdict:
 
 
 def cross_attention_loss(function: Callable) -> Verdict:
-    """Notebook 02: ``cross_attention_loss(maps, targets)``, the plain form, from two lists of tensors."""
+    """Notebook 04: ``cross_attention_loss(maps, targets)``, the plain form, from two lists of tensors."""
     small, target = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 0.0])
     large, silent = torch.tensor([[0.0, 0.0, 3.0]]), torch.zeros(1, 3)
     cases = [
@@ -281,7 +281,7 @@ def ridge(function: Callable) -> Verdict:
 
 
 def regularization_loss(function: Callable) -> Verdict:
-    """Notebook 02: ``regularization_loss(parameters, anchor)``, from two dicts of tensors."""
+    """Notebook 04: ``regularization_loss(parameters, anchor)``, from two dicts of tensors."""
 
     def weights(a: tuple, b: tuple) -> dict[str, Tensor]:
         return {"a": torch.tensor(a), "b": torch.tensor(b)}
@@ -323,7 +323,7 @@ def _gradient(function: Callable) -> Callable:
 
 
 def gone_and_kept(function: Callable) -> Verdict:
-    """Notebook 04: ``gone_and_kept(matrix, requests, k)``, UA and objects kept after request ``k``."""
+    """Notebook 05: ``gone_and_kept(matrix, requests, k)``, UA and objects kept after request ``k``."""
     names = ["apple", "car", "orange", "house", "star"]
     rows = [[1, 1, 1, 1, 1], [0, 1, 0.5, 1, 1], [0.75, 0, 0.5, 0.25, 0.75]]
     matrix = pd.DataFrame(rows, columns=names, dtype=float).rename_axis("after")
@@ -377,7 +377,7 @@ def recovery_time(function: Callable) -> Verdict:
 
 
 def beats(function: Callable) -> Verdict:
-    """Notebook 05: ``beats(a, b)``, whether method a beats b; each is a Series of numbers, more is better."""
+    """Notebook 07: ``beats(a, b)``, whether method a beats b; each is a Series of numbers, more is better."""
 
     def method(**numbers: float) -> pd.Series:
         return pd.Series(numbers)
@@ -404,7 +404,7 @@ def beats(function: Callable) -> Verdict:
 
 
 def book_megabytes(function: Callable) -> Verdict:
-    """Notebook 07: ``book_megabytes(channels, moments, places)``, MB that the solver notes of a prompt."""
+    """Notebook 08: ``book_megabytes(channels, moments, places)``, MB that the solver notes of a prompt."""
     cases = [
         Case(([1_000_000], 1, 1), 4.0, "Two halves of guidance, and two bytes for each number."),
         Case(([1_000_000, 500_000], 1, 1), 6.0, "Each layer has its own channels: sum them."),

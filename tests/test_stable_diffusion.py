@@ -132,7 +132,7 @@ def run(number: str, hub: Path, small: bool = True):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", pytest.param("full", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("number", ["00", "01", "02", "03", "04", "05"])
+@pytest.mark.parametrize("number", ["00", "01", "02", "03", "04", "05", "07"])
 def test_a_notebook_runs_to_its_end(number, size, hub):
     notebook = run(number, hub, size == "small")
     assert "error" not in notebook.metadata, notebook.metadata.error
