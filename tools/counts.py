@@ -35,11 +35,11 @@ AIMS = {
     "benchmarks, lines": 900,
 }
 BOUNDS = {
-    "library, files": 17,
-    "library, lines": 5400,
-    "viewer, JS and CSS": 600,
-    "tests, lines": 8300,
-    "benchmarks, lines": 900,
+    "library, files": 18,
+    "library, lines": 5100,
+    "viewer, JS and CSS": 450,
+    "tests, lines": 7800,
+    "benchmarks, lines": 1250,
 }
 """What is there now; whoever makes something smaller lowers its bound."""
 
