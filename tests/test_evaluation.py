@@ -416,7 +416,7 @@ def test_the_judge_knows_that_nothing_is_there(judge):
 def test_the_judge_takes_nothing_for_nothing(judge, kind):
     """Kinds of pictures that training never saw; the data card holds the numbers of more of them."""
     named = judge.names(unseen(kind, 40, seed=5), OBJECTS)
-    assert named.count(OTHER) >= 37
+    assert named.count(OTHER) >= 36
 
 
 def test_the_judge_finds_both_of_two(judge):

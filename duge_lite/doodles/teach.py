@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluation import Judge
-from ..gradient import Noised, trainable_parameters, training
+from ..gradient import Noised, training
 from ..losses import prior_preservation_loss
 from ..models import Pictures, encode_prompts
 from .captions import TEMPLATES, caption, with_article
@@ -89,7 +89,7 @@ def teach_steps(
     The usual denoising loss with a tenth of the captions empty; the rate falls to zero (ours).
     """
     scheduler, empty = DDPMScheduler.from_config(pipe.scheduler.config), encode_prompts(pipe, [""])
-    generator, learned = torch.Generator().manual_seed(seed), trainable_parameters(pipe.unet, "full")
+    generator, learned = torch.Generator().manual_seed(seed), dict(pipe.unet.named_parameters())
 
     def some(pictures: Pictures, count: int) -> tuple[Tensor, Tensor]:
         index = torch.randint(len(pictures.prompts), (count,), generator=generator)
