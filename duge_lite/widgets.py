@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import ipywidgets as widgets
@@ -214,9 +214,9 @@ class Timeline:
 
     requests: tuple[str, ...]
     names: tuple[str, ...]  # what each column of pictures was asked for
-    pictures: list[list[Image.Image]]  # a column has the same noise in every row
-    matrix: pd.DataFrame
-    metrics: pd.DataFrame
+    pictures: list[list[Image.Image]] = field(repr=False)  # a column has the same noise in every row
+    matrix: pd.DataFrame = field(repr=False)
+    metrics: pd.DataFrame = field(repr=False)
 
     def about(self, at: int) -> str:
         """Model ``at`` in one sentence."""
