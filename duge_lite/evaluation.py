@@ -66,9 +66,10 @@ class Judge:
             model = ResNetForImageClassification.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32
             )
-            # ours by name: without torchvision, older transformers cannot look it up
-            kind = CLIPImageProcessor if str(source) == "doodle" else AutoImageProcessor
-            processor = kind.from_pretrained(folder)
+            if str(source) == "doodle":  # by name: without torchvision, older transformers cannot look it up
+                processor = CLIPImageProcessor.from_pretrained(folder)
+            else:  # code that comes with a model is never run, nor asked about
+                processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
             raise ModelNotFoundError(
                 f"no judge at {folder}: expected an image classifier saved by `save_pretrained`, "
@@ -344,7 +345,8 @@ def _clip(source: str | Path) -> tuple[CLIPModel, Any, CLIPImageProcessor]:
     """The model, its tokenizer and its image processor, on the device that pipelines go to."""
     try:
         model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-        read, look = AutoTokenizer.from_pretrained(source), CLIPImageProcessor.from_pretrained(source)
+        read = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        look = CLIPImageProcessor.from_pretrained(source)
     except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
         raise ModelNotFoundError(
             f"no CLIP at {source}: expected a CLIPModel, as safetensors{trouble(error, source)}"

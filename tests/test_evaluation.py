@@ -1,6 +1,8 @@
 """Pictures on fixed seeds, read by a judge; and the judge itself."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -520,3 +522,15 @@ def test_clip_is_loaded_once(monkeypatch):
     monkeypatch.setattr(evaluation.CLIPModel, "from_pretrained", spy)
     first, second = (clip_score([draw("apple")], ["an apple"]) for _ in range(2))
     assert len(loaded) == 1 and first == second
+
+
+def test_code_that_comes_with_a_judge_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    folder, ran = tmp_path / "judge", tmp_path / "ran"
+    shutil.copytree(duge.data_dir() / "doodle-judge", folder)
+    told = {"image_processor_type": "Mine", "auto_map": {"AutoImageProcessor": "mine.Mine"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Mine: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    with pytest.raises(ModelNotFoundError):
+        Judge.load(folder)
+    assert not ran.exists()
