@@ -47,6 +47,7 @@ class Plot(Figure):
     """How many the PNG has, at most 256; None for all. Grids of noisy pictures take a third of the bytes."""
 
     def savefig(self, *args, **kwargs) -> None:
+        """As matplotlib's, with every dollar sign as it is."""
         with matplotlib.rc_context({"text.parse_math": False}):  # for text that drawing makes
             for text in self.findobj(Text):
                 text.set_parse_math(False)
