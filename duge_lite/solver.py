@@ -40,7 +40,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .attention import cross_attention_layers
+from .attention import attention_maps, cross_attention_layers
 from .concepts import Concept, ModelCard, wishes
 from .config import UnlearnConfig
 from .errors import DivergedError
@@ -70,23 +70,14 @@ def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Paramet
     return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
 
 
-def attention_maps(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
-    """Where each head looks: ``hidden`` (P, R, C), ``text`` (P, T, D) -> (P, heads, R, T), 32 bits.
-
-    The layer's own Q and K, as in diffusers' plain processor.
-    """
-    query = attn.to_q(hidden.to(attn.to_q.weight)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    key = attn.to_k(text.to(attn.to_k.weight)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    return ((query.float() * attn.scale) @ key.float().transpose(-1, -2)).softmax(dim=-1)
-
-
 def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
     """What the solved matrix reads at ``hidden`` (P, R, C) of ``text`` (P, T, D).
 
     For the output matrix what the heads say, (P, 1, R, C); for the values the text as each head hears it,
     (P, heads, R, D).
     """
-    maps = attention_maps(attn, hidden, text)  # (P, heads, R, T)
+    own = attn.to_q.weight
+    maps = attention_maps(attn, hidden.to(own), text.to(own))  # (P, heads, R, T)
     if solve == "values":
         return maps @ text[:, None].float()
     values = (text.float() @ attn.to_v.weight.float().mT).unflatten(-1, (attn.heads, -1))  # first: few

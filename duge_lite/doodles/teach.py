@@ -114,13 +114,6 @@ def teach_steps(
             yield loss.item()
 
 
-@torch.no_grad()
-def features(judge: Judge, pictures: Sequence[Image.Image]) -> Tensor:
-    """What the judge sees before it names anything, (N, F)."""
-    parts = [judge.pixels(pictures[i : i + 128]) for i in range(0, len(pictures), 128)]
-    return torch.cat([judge.model.resnet(p).pooler_output.flatten(1).float().cpu() for p in parts])
-
-
 def teach_judge(
     judge: Judge, name: str, shown: Sequence[Image.Image], others: Sequence[Image.Image], decay: float = 1e-3
 ) -> Judge:
@@ -129,7 +122,7 @@ def teach_judge(
     The new row of its last layer is a logistic regression on its features, ``shown`` against ``others``,
     moved so that an even chance lies at the judge's threshold (ours).
     """
-    seen = features(judge, [*shown, *others])
+    seen = judge.features([*shown, *others])
     told = torch.cat([torch.ones(len(shown)), torch.zeros(len(others))])
     row = torch.zeros(seen.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([row], max_iter=200, line_search_fn="strong_wolfe")
