@@ -57,24 +57,7 @@ def examine(function: Callable, cases: Sequence[Case], praise: str, tolerance: f
     return Verdict(True, praise)
 
 
-def retention(function: Callable) -> Verdict:
-    """Notebook 03: ``retention(before, after, forgotten)``, the kept accuracy of everything else."""
-    names = ["apple", "orange", "house"]
-    before = pd.Series([1.0, 1.0, 0.8], index=names)
-    cases = [
-        Case((before, before, "apple"), 1.0, "If nothing changed, everything was kept: 1."),
-        Case(
-            (before, pd.Series([0.0, 1.0, 0.8], index=names), "apple"),
-            1.0,
-            "Leave the forgotten concept out: losing it is the point, not damage.",
-        ),
-        Case(
-            (before, pd.Series([0.0, 0.5, 0.4], index=names), "apple"),
-            0.5,
-            "Divide the mean accuracy after by the mean accuracy before.",
-        ),
-    ]
-    return examine(function, cases, "what is forgotten on purpose does not count as damage.")
+# ---------------------------------------------------------------------------- notebook 01
 
 
 def add_noise(function: Callable) -> Verdict:
@@ -180,6 +163,9 @@ def average_noise(function: Callable) -> Verdict:
     return examine(strength, cases, "noise of the right strength is noise that the denoiser knows.")
 
 
+# ---------------------------------------------------------------------------- notebook 02
+
+
 def attention_weights(function: Callable) -> Verdict:
     """Notebook 02: ``attention_weights(query, keys)``, the softmax of the scaled dot products."""
     keys = np.array([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
@@ -210,6 +196,32 @@ def scaled_share(function: Callable) -> Verdict:
         Case((0.2, 4.0), 0.5, "All others keep 1 - share; divide the word's part by the new total."),
     ]
     return examine(function, cases, "however large the factor, a share never passes 1.")
+
+
+# ---------------------------------------------------------------------------- notebook 03
+
+
+def retention(function: Callable) -> Verdict:
+    """Notebook 03: ``retention(before, after, forgotten)``, the kept accuracy of everything else."""
+    names = ["apple", "orange", "house"]
+    before = pd.Series([1.0, 1.0, 0.8], index=names)
+    cases = [
+        Case((before, before, "apple"), 1.0, "If nothing changed, everything was kept: 1."),
+        Case(
+            (before, pd.Series([0.0, 1.0, 0.8], index=names), "apple"),
+            1.0,
+            "Leave the forgotten concept out: losing it is the point, not damage.",
+        ),
+        Case(
+            (before, pd.Series([0.0, 0.5, 0.4], index=names), "apple"),
+            0.5,
+            "Divide the mean accuracy after by the mean accuracy before.",
+        ),
+    ]
+    return examine(function, cases, "what is forgotten on purpose does not count as damage.")
+
+
+# ---------------------------------------------------------------------------- notebook 04
 
 
 def cross_attention_loss(function: Callable) -> Verdict:
@@ -322,6 +334,9 @@ def _gradient(function: Callable) -> Callable:
     return slopes
 
 
+# ---------------------------------------------------------------------------- notebook 05
+
+
 def gone_and_kept(function: Callable) -> Verdict:
     """Notebook 05: ``gone_and_kept(matrix, requests, k)``, UA and objects kept after request ``k``."""
     names = ["apple", "car", "orange", "house", "star"]
@@ -350,6 +365,9 @@ def gone_and_kept(function: Callable) -> Verdict:
     return examine(function, cases, "what came back counts against UA, and nothing that went counts as kept.")
 
 
+# ---------------------------------------------------------------------------- notebook 06
+
+
 def recovery_time(function: Callable) -> Verdict:
     """Notebook 06: ``recovery_time(curve, level)``, the first step at which a share reaches a level."""
     steps = [0, 5, 10, 20]
@@ -374,6 +392,9 @@ def recovery_time(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "the longer it takes, the less was left to find.")
+
+
+# ---------------------------------------------------------------------------- notebook 07
 
 
 def beats(function: Callable) -> Verdict:
@@ -403,6 +424,9 @@ def beats(function: Callable) -> Verdict:
     return examine(function, cases, "who is beaten on both counts need not be discussed further.")
 
 
+# ---------------------------------------------------------------------------- notebook 08
+
+
 def book_megabytes(function: Callable) -> Verdict:
     """Notebook 08: ``book_megabytes(channels, moments, places)``, MB that the solver notes of a prompt."""
     cases = [
@@ -411,6 +435,9 @@ def book_megabytes(function: Callable) -> Verdict:
         Case(([320, 640, 1280], 10, 16), 1.4336, "Every moment and every place is noted."),
     ]
     return examine(function, cases, "so you can count before you start, for any model.")
+
+
+# ---------------------------------------------------------------------------- notebook 09
 
 
 def new_thing(function: Callable) -> Verdict:
