@@ -30,7 +30,7 @@ from torch import Tensor
 from .concepts import model_card
 from .doodles import captions
 from .errors import DivergedError
-from .evaluation import Judge, check_countable, wilson_interval
+from .evaluation import Judge, check_countable, choices, wilson_interval
 from .gradient import Lessons, Noised, rounded, training
 from .losses import prior_preservation_loss
 from .models import Pictures, encode_prompts, overwrite, sample
@@ -54,11 +54,11 @@ def survey(
     :func:`duge_lite.sample`, but ``num_inference_steps`` defaults to the card's for previews. Returns a row
     per picture:
     ``group``, ``prompt``, ``picture`` (PIL), ``named`` (the one concept, or style, that the judge decides
-    for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises UnknownConceptError for a concept
-    that the card does not list, ValueError for one that its judge does not know.
+    for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises UnknownConceptError for a word
+    that the model never read, ValueError for one that the judge does not know.
     """
     card = model_card(pipe)
-    check_countable(card, concept)
+    check_countable(card, concept, judge)
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in range(images)]
     frame = pd.DataFrame(rows, columns=["group", "prompt"])
     seeds = [seed + i for _ in prompts for i in range(images)]
@@ -78,7 +78,7 @@ def _judged(
     """``frame`` with its pictures and what the judge says of them: the columns of :func:`survey`."""
     card = model_card(pipe)
     judge = judge or Judge.load(card, pipe.device)
-    named = judge.names(pictures, card.styles if concept in card.styles else card.judged)
+    named = judge.names(pictures, choices(card, [concept], judge))
     shown = pd.Series(list(pictures), dtype=object)
     return frame.assign(picture=shown, named=named, seen=judge.sees(pictures, concept))
 
@@ -190,7 +190,7 @@ def redrawing(
     with the noise of the moment (RePaint, arXiv 2201.09865, without its resampling). Picture i takes its
     noise from ``seed + i``. Returns a survey.
     """
-    check_countable(card := model_card(pipe), concept)
+    check_countable(card := model_card(pipe), concept, judge)
     relay, width, shown = AutoPipelineForImage2Image.from_pipe(pipe), pictures.latents.shape[-1], []
     relay.set_progress_bar_config(disable=True)
     given = (torch.arange(width) < width // 2) | (not half)  # (w,)
@@ -236,7 +236,7 @@ def noise_inversion(
     so read it beside the oracle. Returns a survey with the column ``error``: the root of the mean squared
     difference of latents, in units of the given latents' own standard deviation.
     """
-    check_countable(card := model_card(pipe), concept)
+    check_countable(card := model_card(pipe), concept, judge)
     same = {"clip_sample": False, "timestep_spacing": "leading", "set_alpha_to_one": False}
     there, back, shown, errors = copy(pipe), copy(pipe), [], []
     there.scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, **same)

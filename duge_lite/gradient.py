@@ -7,7 +7,6 @@ noisy versions of pictures that it drew itself. So it is no second model, and no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -267,8 +266,7 @@ def reads_one_text(unet: torch.nn.Module) -> None:
 class UnlearnState:
     """Where the loop is after iteration ``step`` (counted from 1); losses are unweighted.
 
-    ``forget`` is the objective's own loss (DUGE's cross-attention loss). The ``grad_`` fields are the norms
-    of the three losses' gradients, unweighted, nan where they were not measured.
+    ``forget`` is the objective's own loss (DUGE's cross-attention loss).
     """
 
     step: int
@@ -277,9 +275,6 @@ class UnlearnState:
     forget: float
     prior: float
     regularization: float
-    grad_forget: float = math.nan
-    grad_prior: float = math.nan
-    grad_regularization: float = math.nan
 
 
 def batch_losses(
@@ -369,10 +364,6 @@ def gradient_steps(
                         losses = batch_losses(unet, forget, keep, objective, record, config)
                     losses = (*losses, regularization_loss(trained, anchor))
                     loss = sum(w * v for w, v in zip(config.weights, losses, strict=True))
-                    norms = []
-                    if config.measure_every and (step - 1) % config.measure_every == 0:
-                        scaled = [_gradient_norm(scaler.scale(v), trained) for v in losses]
-                        norms = [norm / scaler.get_scale() for norm in scaled]  # 16 bits would lose them
                     optimizer.zero_grad(set_to_none=True)
                     scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -392,7 +383,7 @@ def gradient_steps(
                     _check_finite(dict(zip(_NAMES, last, strict=False)), step, config)
                 with rounded(trained, stored):
                     values = [float(v.detach()) for v in (loss, *losses)]
-                    yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
+                    yield UnlearnState(step, config.iterations, *values)  # previews can be drawn
         except DivergedError:
             overwrite(trained, start)
             raise
@@ -414,8 +405,3 @@ def _check_finite(found: Mapping[str, Tensor], step: int, config: UnlearnConfig)
             f"{bad[0]} at iteration {step}; the weights are back as they were. "
             f"Lower lr (now {config.lr}) or the loss's weight."
         )
-
-
-def _gradient_norm(loss: Tensor, trained: Mapping[str, torch.nn.Parameter]) -> float:
-    gradients = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
-    return float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())

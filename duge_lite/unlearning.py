@@ -51,7 +51,7 @@ class UnlearningRun:
         concepts: what was asked to go.
         config, objective: how; ``objective`` is the method's name.
         history: of the exact solver a row per layer, the three losses before and after; of the gradient
-            solver a row per iteration: loss, forget, prior, regularization, and the gradient norms.
+            solver a row per iteration: loss, forget, prior, regularization.
         seconds: wall-clock time, the drawing of the memory included.
         before: the weights that changed, as they were, on the CPU.
         base: the cross-attention weights of the model before anything went, by name.
