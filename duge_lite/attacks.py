@@ -31,7 +31,7 @@ from .concepts import model_card
 from .doodles import captions
 from .errors import DivergedError
 from .evaluation import Judge, check_countable, choices, wilson_interval
-from .gradient import Lessons, Noised, rounded, training
+from .gradient import Lessons, rounded, training
 from .losses import prior_preservation_loss
 from .models import Pictures, encode_prompts, overwrite, sample
 
@@ -286,19 +286,18 @@ def _reworded(pictures: Pictures, old: str, new: str) -> list[str]:
     return [p.replace(old, new) for p in pictures.prompts]
 
 
-def _noised(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed: int) -> Noised:
+def _noised(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed: int) -> Lessons:
     if pipe.unet.config.addition_embed_type is not None:
         raise ValueError(
             "Stable Diffusion XL reads two texts: expected 1.x or 2.x, or a probe that needs no words"
         )
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    return Noised.of(pictures, count, scheduler, torch.Generator().manual_seed(seed))
+    return Lessons.of(pictures, count, scheduler, torch.Generator().manual_seed(seed))
 
 
 def _batches(pipe: StableDiffusionPipeline, pictures: Pictures, size: int, seed: int) -> Iterator[Lessons]:
     """Batches of noisy ``pictures``, without end; wanted is the noise, (size, 4, h, w)."""
-    asked, generator = _noised(pipe, pictures, 256, seed), torch.Generator().manual_seed(seed + 1)
-    lessons = Lessons(asked.noisy, asked.timesteps, asked.encoder_hidden_states, (asked.truth,))
+    lessons, generator = _noised(pipe, pictures, 256, seed), torch.Generator().manual_seed(seed + 1)
     while True:
         yield lessons.batch(size, generator, pipe.unet.device)
 
@@ -318,7 +317,7 @@ def name_gain(
     texts = _reworded(pictures, f" of {model_card(pipe).subject(concept)}", "")
     asked, errors = _noised(pipe, pictures, count, seed), []
     for states in (asked.encoder_hidden_states, encode_prompts(pipe, texts)[asked.index]):
-        batches = (x.split(32) for x in (asked.noisy, asked.timesteps, states, asked.truth))
+        batches = (x.split(32) for x in (asked.noisy, asked.timesteps, states, *asked.wanted))
         inputs = ([x.to(pipe.unet.device) for x in batch] for batch in zip(*batches, strict=True))
         with _mixed(pipe):
             parts = [(pipe.unet(*x).sample.float() - truth).square().mean((1, 2, 3)) for *x, truth in inputs]

@@ -29,7 +29,7 @@ from .concepts import Concept, ModelCard, model_card
 from .config import UnlearnConfig
 from .gradient import (
     DUGE,
-    Noised,
+    Lessons,
     Objective,
     UnlearnState,
     gradient_steps,
@@ -101,7 +101,7 @@ class UnlearningRun:
         stay = [p for p in book.memory if not any(c.named_in(p) for c in book.gone(self.pipe))][:16]
         scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
         generator = torch.Generator().manual_seed(self.config.seed + 1)
-        asked = Noised.of(book.pictures(self.pipe, stay), count, scheduler, generator)
+        asked = Lessons.of(book.pictures(self.pipe, stay), count, scheduler, generator)
         dtypes = (unet.dtype, torch.long, unet.dtype)
         inputs = [x.to(unet.device, dtype) for x, dtype in zip(asked.inputs, dtypes, strict=True)]
         now = unet(*inputs).sample.float()

@@ -249,11 +249,11 @@ def test_the_truth_is_what_the_model_predicts(tiny_pipe, prediction):
     """Stable Diffusion 2.x answers with the velocity, v = sqrt(a) * noise - sqrt(1 - a) * picture."""
     scheduler = gradient.DDPMScheduler(prediction_type=prediction)
     pictures = draw_pictures(tiny_pipe, ["a photo of a car"], 0)
-    asked = gradient.Noised.of(pictures, 5, scheduler, torch.Generator().manual_seed(0))
+    asked = gradient.Lessons.of(pictures, 5, scheduler, torch.Generator().manual_seed(0))
     a, clean = scheduler.alphas_cumprod[asked.timesteps].view(-1, 1, 1, 1), pictures.latents
     noise = (asked.noisy - a.sqrt() * clean) / (1 - a).sqrt()
     expected = noise if prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * clean
-    torch.testing.assert_close(asked.truth, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(asked.wanted[0], expected, rtol=1e-3, atol=1e-3)
 
 
 # How it stops
