@@ -102,6 +102,7 @@ def wrong_answers(cases):
     return pytest.mark.parametrize(("name", "wrong", "hint"), pairs)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 @wrong_answers(
     {
         "word_map": [
