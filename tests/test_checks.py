@@ -120,7 +120,7 @@ def near_far(near, far=lambda lost, rest: lost[rest].mean()):
         ("near_and_far", near_far(lambda lost, near, b: (lost / b)[near].mean()), "less after"),
     ],
 )
-def test_a_wrong_answer_gets_its_own_hint(checker, wrong, hint):
+def test_a_wrong_answer_in_02_or_03_gets_its_own_hint(checker, wrong, hint):
     verdict = getattr(checks, checker)(wrong)
     assert not verdict and hint in verdict.message, verdict
 
