@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import duge_lite as duge
-from duge_lite import checks, losses
+from duge_lite import baselines, checks, losses
 from duge_lite.evaluation import sequence_metrics
 
 # What readers may hand in, whatever the exercise.
@@ -168,6 +168,9 @@ def test_regularization_loss_wrong(wrong, hint):
     assert not verdict and hint.lower() in verdict.message.lower()
 
 
+# notebook 07
+
+
 def test_beats_knows_equals_and_names():
     right = checks.beats(lambda a, b: (a >= b[a.index]).all() and (a > b[a.index]).any())
     assert right, right
@@ -179,6 +182,133 @@ def test_beats_knows_equals_and_names():
     ):
         verdict = checks.beats(wrong)
         assert not verdict and hint in verdict.message, verdict
+
+
+def formula(old, edit, anchor, keep, r, wrong=""):
+    eye = np.eye(old.shape[1])
+    left, right = anchor.T @ edit + keep.T @ keep + r * eye, edit.T @ edit + keep.T @ keep + r * eye
+    left = {"turned": left.T, "free": left - r * eye, "careless": left - keep.T @ keep}.get(wrong, left)
+    return old @ (np.linalg.inv(right) @ left if wrong == "order" else left @ np.linalg.inv(right))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [("turned", "anchor.T @ edit"), ("order", "before the inverse"), ("free", "Where each name"),
+     ("careless", "Where each name")],
+)  # fmt: skip
+def test_a_wrong_uce_matrix_gets_its_own_hint(wrong, hint):
+    assert checks.uce_matrix(formula)
+    verdict = checks.uce_matrix(lambda *args: formula(*args, wrong=wrong))
+    assert not verdict and hint in verdict.message, verdict
+    verdict = checks.uce_matrix(lambda old, edit, anchor, keep, r: formula(old, edit, anchor, keep, 1e-9))
+    assert not verdict and "huge r" in verdict.message, verdict
+
+
+def test_the_formula_of_the_exercise_is_that_of_the_baseline(doodle_pipe):
+    card = duge.model_card(doodle_pipe)
+    texts = [["car"], [""], [c for c in card.forgettable if c != "car"]]
+    edit, anchor, keep = (baselines._last_tokens(doodle_pipe, part).numpy() for part in texts)
+    run = baselines.uce(doodle_pipe, "car")
+    for name, theirs in run.weights().items():
+        old = run.before[name].double().numpy()
+        assert np.allclose(formula(old, edit, anchor, keep, 0.5), theirs.double().numpy(), atol=1e-4)
+
+
+def tail(a, b, most, both=2):
+    return both * sum(math.comb(a + b, k) for k in range(most + 1)) / 2 ** (a + b)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda a, b: tail(a, b, min(a, b)), "at most 1"),
+        (lambda a, b: a / (a + b) if a + b else 1.0, "at most 1"),
+        (
+            lambda a, b: min(1.0, 2 / 2 ** max(a + b - 5, 0)) if a == b else tail(a, b, min(a, b), 1),
+            "both sides",
+        ),
+        (lambda a, b: min(1.0, 2 / 2 ** (a + b)) if a != b else 1.0, "the same mirrored"),
+        (lambda a, b: min(1.0, tail(a, b, b)), "who is the first"),
+    ],
+)
+def test_a_wrong_sign_test_gets_its_own_hint(wrong, hint):
+    assert checks.sign_test(lambda a, b: min(1.0, tail(a, b, min(a, b))))
+    verdict = checks.sign_test(wrong)
+    assert not verdict and hint in verdict.message, verdict
+
+
+def distance(f, g, width=None, off=1, alone=True):
+    def pairs(a, b):
+        return (a @ b.T / (width or a.shape[1]) + 1) ** 3
+
+    def within(a):
+        return (pairs(a, a).sum() - alone * np.trace(pairs(a, a))) / (len(a) * (len(a) - off))
+
+    return within(f) + within(g) - 2 * pairs(f, g).mean()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda f, g: distance(f, g, off=0, alone=False), "leave out each picture"),
+        (lambda f, g: distance(f, g, width=1), "number of features"),
+        (lambda f, g: distance(f, g) + (len(f) != len(g)), "its own count"),
+    ],
+)
+def test_a_wrong_kid_gets_its_own_hint(wrong, hint):
+    assert checks.unbiased_kid(distance)
+    verdict = checks.unbiased_kid(wrong)
+    assert not verdict and hint in verdict.message, verdict
+
+
+# notebook 08
+
+
+def ways(name):
+    return [f"{way} of {name}" for way in "abcd"], list("abcd")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda name: (ways(name)[0], ["a"]), "of the same length"),
+        (lambda name: (name, name), "two lists"),
+        (lambda name: ([name], ["a"]), "four different ways"),
+        (lambda name: ([name] * 4, ["a"] * 4), "four different ways"),
+        (lambda name: ways("it"), "has to name it"),
+        (lambda name: (ways(name)[0],) * 2, "must not be named"),
+        (lambda name: ways("Van Gogh"), "the name that is given"),
+    ],
+)
+def test_wrong_texts_of_a_concept_get_their_own_hint(wrong, hint):
+    assert checks.concept_texts(ways)
+    verdict = checks.concept_texts(wrong)
+    assert not verdict and hint in verdict.message, verdict
+
+
+@pytest.mark.parametrize(
+    ("checker", "right", "wrong", "hint"),
+    [
+        ("closer_to_name", lambda a, b: (a > b).mean(), lambda a, b: float((a < b).mean() * 2), "by picture"),
+        ("closer_to_name", lambda a, b: (a > b).mean(), lambda a, b: (a >= b).mean(), "A draw"),
+        ("closer_to_name", lambda a, b: (a > b).mean(),
+         lambda a, b: (a > b).mean() if len(a) < 3 else float(a.mean() > b.mean()), "outvote"),
+        ("drawing_cost", lambda n, s, t, p: (n * s * t / 60, n * s * t / 3600 * p),
+         lambda n, s, t, p: (n * s * t, 0), "divide by 60"),
+        ("drawing_cost", lambda n, s, t, p: (n * s * t / 60, n * s * t / 3600 * p),
+         lambda n, s, t, p: (n * s * t / 60, n * s * t / 60 * p), "that of an hour"),
+        ("lora_loss", lambda s, r: np.sqrt((s[r:] ** 2).sum() / (s**2).sum()),
+         lambda s, r: s[:r].sum() / s.sum(), "nothing is lost"),
+        ("lora_loss", lambda s, r: np.sqrt((s[r:] ** 2).sum() / (s**2).sum()),
+         lambda s, r: s[r:].sum() / s.sum(), "sum of squares"),
+        ("lora_loss", lambda s, r: np.sqrt((s[r:] ** 2).sum() / (s**2).sum()),
+         lambda s, r: (s[r] if r < len(s) else 0.0) / np.linalg.norm(s) if r else 1.0, "not one direction"),
+    ],
+)  # fmt: skip
+def test_small_checkers_of_notebook_08(checker, right, wrong, hint):
+    assert getattr(checks, checker)(right)
+    verdict = getattr(checks, checker)(wrong)
+    assert not verdict and hint in verdict.message, verdict
 
 
 def test_book_megabytes_counts_both_halves_and_all_layers():
