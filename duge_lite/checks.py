@@ -445,7 +445,9 @@ def uce_matrix(function: Callable) -> Verdict:
             "With a huge r nothing moves: r times the identity in both sums.",
         ),
         Case(
-            (old, edit, anchor, keep, 0.5), old @ left @ np.linalg.inv(right), "What stays is in both sums."
+            (old, edit, anchor, keep, 0.5),
+            old @ left @ np.linalg.inv(right),
+            "What stays is in both sums; `left` stands before the inverse of `right`.",
         ),
     ]
     return examine(function, cases, "no picture, no training: only words.", tolerance=1e-3)
