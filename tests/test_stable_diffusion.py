@@ -144,5 +144,13 @@ def test_a_notebook_runs_to_its_end(number, size, hub):
 
 
 @pytest.mark.slow
+def test_the_notebook_of_real_models_runs_to_its_end_on_a_folder_08(hub):
+    (folder,) = (hub / "hub").glob("models--CompVis*/snapshots/*")  # by its name, 08 asks for a GPU
+    notebook = shrunk.run("08", DUGE_MODEL=str(folder), HF_HOME=str(hub))
+    assert "error" not in notebook.metadata, notebook.metadata.error
+    assert "stable-diffusion" in shrunk.printed(notebook).splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_the_notebook_of_the_oracle_says_why_it_stops(hub):
     assert run("06", hub).metadata.error == ("ModelNotFoundError", NO_ORACLE)
