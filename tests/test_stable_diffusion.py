@@ -147,8 +147,7 @@ def test_a_notebook_runs_to_its_end(number, size, hub):
 def test_the_notebook_of_real_models_runs_to_its_end_on_a_folder_08(hub):
     (folder,) = (hub / "hub").glob("models--CompVis*/snapshots/*")  # by its name, 08 asks for a GPU
     notebook = shrunk.run("08", DUGE_MODEL=str(folder), HF_HOME=str(hub))
-    assert "error" not in notebook.metadata, notebook.metadata.error
-    assert "stable-diffusion" in shrunk.printed(notebook).splitlines()[-1]
+    assert shrunk.printed(notebook).endswith("stable-diffusion\n"), notebook.metadata.get("error")
 
 
 @pytest.mark.slow
