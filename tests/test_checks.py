@@ -179,8 +179,7 @@ def formula(old, edit, anchor, keep, r, wrong=""):
 
 
 def test_the_formula_of_the_exercise_is_that_of_the_baseline(doodle_pipe):
-    card = duge.model_card(doodle_pipe)
-    texts = [["car"], [""], [c for c in card.forgettable if c != "car"]]
+    texts = ["car"], [""], [c for c in duge.model_card(doodle_pipe).forgettable if c != "car"]
     edit, anchor, keep = (baselines._last_tokens(doodle_pipe, part).numpy() for part in texts)
     run = baselines.uce(doodle_pipe, "car")
     for name, theirs in run.weights().items():
