@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 COVERS = {
     "growing.png": ("01_a_picture_out_of_noise", "The large shapes come first"),
     "race.png": ("07_who_forgets_best", "Forgetting"),
-    "own-concept.png": ("08_take_it_to_stable_diffusion", "doodle: “car” before and after"),
+    "own-concept.png": ("08_take_it_to_stable_diffusion", "The doodle model: “car” before"),
     "minimum.png": ("04_three_losses_one_equation", "Every direction from the solution"),
 }
 
