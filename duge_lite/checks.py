@@ -548,7 +548,116 @@ def beats(function: Callable) -> Verdict:
     return examine(function, cases, "who is beaten on both counts need not be discussed further.")
 
 
+def uce_matrix(function: Callable) -> Verdict:
+    """Notebook 07: ``uce_matrix(old, edit, anchor, keep, r)``, names read as their anchors were read."""
+    rng = np.random.default_rng(1)
+    old, one = rng.standard_normal((2, 3)), np.eye(3)
+    edit, anchor, keep = (rng.standard_normal((n, 3)) for n in (2, 2, 4))
+    left = anchor.T @ edit + keep.T @ keep + 0.5 * one
+    right = edit.T @ edit + keep.T @ keep + 0.5 * one
+    cases = [
+        Case((old, edit, edit, keep, 0.5), old, "Where each name is its own anchor nothing has to change."),
+        Case(
+            (old, one[:1], one[1:2], one[1:], 1e-9),
+            old[:, [1, 1, 2]],
+            "The first vector is to be read as the second was: anchor.T @ edit, and `left` stands before the "
+            "inverse of `right`.",
+        ),
+        Case(
+            (old, edit, anchor, keep, 1e9),
+            old,
+            "With a huge r nothing moves: r times the identity in both sums.",
+        ),
+        Case(
+            (old, edit, anchor, keep, 0.5),
+            old @ left @ np.linalg.inv(right),
+            "What stays is in both sums; `left` stands before the inverse of `right`.",
+        ),
+    ]
+    return examine(function, cases, "no picture, no training: only words.", tolerance=1e-3)
+
+
+def sign_test(function: Callable) -> Verdict:
+    """Notebook 07: ``sign_test(a, b)``, how likely a fair coin is at least so lopsided, to either side."""
+    cases = [
+        Case((3, 3), 1.0, "A draw is no news: double the tail, but a chance is at most 1."),
+        Case((0, 0), 1.0, "Without a single difference nothing speaks against luck: 1."),
+        Case((5, 0), 0.0625, "Five of five, or none of five: 2 / 2**5. Count both sides."),
+        Case((4, 1), 0.375, "As lopsided or more: none or one of five, (1 + 5) / 32, and the same mirrored."),
+        Case((1, 4), 0.375, "It must not matter who is the first: the tail ends at the smaller count."),
+    ]
+    return examine(function, cases, "so few flips prove little, and you can say how little.")
+
+
+def unbiased_kid(function: Callable) -> Verdict:
+    """Notebook 07: ``unbiased_kid(f, g)``, the kernel inception distance from two arrays of features."""
+    two = np.array([[1.0], [-1.0]])
+    f, g = np.array([[1.0, 1.0], [0.0, 2.0], [1.0, -1.0]]), np.array([[2.0, 0.0], [0.0, 2.0]])
+    cases = [
+        Case(
+            (two, two),
+            -8.0,
+            "Pairs: 8 of equal, 0 of different pictures. Within a heap leave out each picture with itself "
+            "(mean 0, twice), across keep all (mean 4): 0 + 0 - 2 * 4.",
+        ),
+        Case(
+            (f, f[::-1]),
+            -68 / 9,
+            "Divide the product by the number of features, f.shape[1]; within, divide by n * (n - 1).",
+        ),
+        Case((f, g), -40 / 3, "The heaps may differ in size: each mean has its own count."),
+    ]
+    return examine(function, cases, "below zero is no error: on average it is fair.")
+
+
 # ---------------------------------------------------------------------------- notebook 08
+
+
+def concept_texts(function: Callable) -> Verdict:
+    """Notebook 08: ``concept_texts(name)``, how it is asked for, and what is drawn instead."""
+
+    def about(what: str, name: str) -> float | None:
+        got = function(name)
+        if got is None or got is Ellipsis:
+            return None
+        prompts, instead = got
+        named, other = ([name.casefold() in text.casefold() for text in part] for part in (prompts, instead))
+        lists = not isinstance(prompts, str) and not isinstance(instead, str)
+        found = {"lists": lists and len(prompts) == len(instead), "several": len(set(prompts)) >= 4}
+        return float((found | {"named": all(named), "unnamed": not any(other)})[what])
+
+    cases = [
+        Case(
+            ("lists", "Van Gogh"),
+            1.0,
+            "Return two lists of texts of the same length: prompts, and what is to be drawn instead of each.",
+        ),
+        Case(
+            ("several", "Van Gogh"), 1.0, "Ask in at least four different ways: one phrasing is not enough."
+        ),
+        Case(("named", "Van Gogh"), 1.0, "Every prompt has to name it: these are the ways to ask for it."),
+        Case(
+            ("unnamed", "Van Gogh"), 1.0, "It must not be named in what is drawn instead: then it would stay."
+        ),
+        Case(("named", "corgi"), 1.0, "Use the name that is given, not one of your own: f-strings help."),
+    ]
+    return examine(about, cases, "that is all that a request needs to know.")
+
+
+def closer_to_name(function: Callable) -> Verdict:
+    """Notebook 08: ``closer_to_name(named, instead)``, the share of pictures that fit the name better."""
+    cases = [
+        Case(
+            (np.array([30.0, 20.0]), np.array([10.0, 25.0])), 0.5, "Compare picture by picture, then a mean."
+        ),
+        Case((np.array([20.0, 20.0]), np.array([20.0, 20.0])), 0.0, "A draw is not closer: `>`, not `>=`."),
+        Case(
+            (np.array([90.0, 10.0, 10.0, 10.0]), np.array([0.0, 20.0, 20.0, 20.0])),
+            0.25,
+            "One picture with a large score must not outvote the others: count pictures, not points.",
+        ),
+    ]
+    return examine(function, cases, "a judge for anything that can be said.")
 
 
 def book_megabytes(function: Callable) -> Verdict:
@@ -559,6 +668,29 @@ def book_megabytes(function: Callable) -> Verdict:
         Case(([320, 640, 1280], 10, 16), 1.4336, "Every moment and every place is noted."),
     ]
     return examine(function, cases, "so you can count before you start, for any model.")
+
+
+def drawing_cost(function: Callable) -> Verdict:
+    """Notebook 08: ``drawing_cost(pictures, steps, seconds, price)``, minutes, and what they cost."""
+    cases = [
+        Case((1, 60, 1.0, 0.0), (1.0, 0.0), "Pictures times steps times seconds are seconds: divide by 60."),
+        Case((60, 10, 1.0, 6.0), (10.0, 1.0), "Return two numbers. The price is that of an hour."),
+        Case((120, 5, 0.5, 1.2), (5.0, 0.1), "Every picture needs every step."),
+    ]
+    return examine(function, cases, "so you can say no before you start.")
+
+
+def lora_loss(function: Callable) -> Verdict:
+    """Notebook 08: ``lora_loss(sizes, rank)``, the share of a change that a cut to ``rank`` leaves out."""
+    cases = [
+        Case((np.array([4.0, 3.0]), 2), 0.0, "With all directions nothing is lost."),
+        Case((np.array([4.0, 3.0]), 0), 1.0, "With none of them everything is: divide by the whole."),
+        Case((np.array([4.0, 3.0]), 1), 0.6, "Norms: the root of a sum of squares, 3 against 5 here."),
+        Case(
+            (np.array([2.0, 2.0, 1.0]), 1), np.sqrt(5) / 3, "All that is left out counts, not one direction."
+        ),
+    ]
+    return examine(function, cases, "the same number that `export_lora` returns.")
 
 
 # ---------------------------------------------------------------------------- notebook 09

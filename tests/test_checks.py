@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import duge_lite as duge
-from duge_lite import checks, losses
+from duge_lite import baselines, checks, losses
 from duge_lite.evaluation import sequence_metrics
 
 # What readers may hand in, whatever the exercise.
@@ -219,28 +219,85 @@ def test_regularization_loss_wrong(wrong, hint):
     assert not verdict and hint.lower() in verdict.message.lower()
 
 
-def test_beats_knows_equals_and_names():
-    right = checks.beats(lambda a, b: (a >= b[a.index]).all() and (a > b[a.index]).any())
-    assert right, right
-    for wrong, hint in (
-        (lambda a, b: (a > b[a.index]).all(), "Equal on one count"),
-        (lambda a, b: (a >= b[a.index]).all(), "Two equals"),
-        (lambda a, b: (a > b[a.index]).any(), "neither beats"),
-        (lambda a, b: (a.values >= b.values).all() and (a.values > b.values).any(), "by their name"),
-    ):
-        verdict = checks.beats(wrong)
-        assert not verdict and hint in verdict.message, verdict
+# Notebooks 07 and 08: what is right, the folded solutions say
 
 
-def test_book_megabytes_counts_both_halves_and_all_layers():
-    assert checks.book_megabytes(lambda channels, moments, places: 4 * moments * places * sum(channels) / 1e6)
-    for wrong, hint in (
-        (lambda channels, moments, places: 2 * moments * places * sum(channels) / 1e6, "Two halves"),
-        (lambda channels, moments, places: 4 * moments * places * channels[0] / 1e6, "sum them"),
-        (lambda channels, moments, places: 4 * sum(channels) / 1e6, "Every moment"),
-    ):
-        verdict = checks.book_megabytes(wrong)
-        assert not verdict and hint in verdict.message
+def formula(old, edit, anchor, keep, r, wrong=""):
+    eye = np.eye(old.shape[1])
+    left, right = anchor.T @ edit + keep.T @ keep + r * eye, edit.T @ edit + keep.T @ keep + r * eye
+    left = {"turned": left.T, "free": left - r * eye}.get(wrong, left)
+    return old @ (np.linalg.inv(right) @ left if wrong == "order" else left @ np.linalg.inv(right))
+
+
+def test_the_formula_of_the_exercise_is_that_of_the_baseline(doodle_pipe):
+    texts = ["car"], [""], [c for c in duge.model_card(doodle_pipe).forgettable if c != "car"]
+    edit, anchor, keep = (baselines._last_tokens(doodle_pipe, part).numpy() for part in texts)
+    run = baselines.uce(doodle_pipe, "car")
+    for name, theirs in run.weights().items():
+        assert np.allclose(formula(run.before[name].numpy(), edit, anchor, keep, 0.5), theirs, atol=1e-4)
+
+
+def tail(a, b, most, both=2):
+    return both * sum(math.comb(a + b, k) for k in range(most + 1)) / 2 ** (a + b)
+
+
+def distance(f, g, width=None, off=1, alone=True):
+    def pairs(a, b):
+        return (a @ b.T / (width or a.shape[1]) + 1) ** 3
+
+    def within(a):
+        return (pairs(a, a).sum() - alone * np.trace(pairs(a, a))) / (len(a) * (len(a) - off))
+
+    return within(f) + within(g) - 2 * pairs(f, g).mean()
+
+
+def ways(name):
+    return [f"{way} of {name}" for way in "abcd"], list("abcd")
+
+
+@pytest.mark.parametrize(
+    ("checker", "wrong", "hint"),
+    [
+        ("beats", lambda a, b: (a > b[a.index]).all(), "Equal on one count"),
+        ("beats", lambda a, b: (a >= b[a.index]).all(), "Two equals"),
+        ("beats", lambda a, b: (a > b[a.index]).any(), "neither beats"),
+        ("beats", lambda a, b: (a.values >= b.values).all() and (a.values > b.values).any(), "by their name"),
+        ("uce_matrix", lambda *args: formula(*args, wrong="turned"), "anchor.T @ edit"),
+        ("uce_matrix", lambda *args: formula(*args, wrong="order"), "before the inverse"),
+        ("uce_matrix", lambda *args: formula(*args, wrong="free"), "Where each name"),
+        ("uce_matrix", lambda *args: formula(*args[:4], 1e-9), "huge r"),
+        ("sign_test", lambda a, b: tail(a, b, min(a, b)), "at most 1"),
+        ("sign_test", lambda a, b: 1.0 if a == b else tail(a, b, min(a, b), 1), "both sides"),
+        ("sign_test", lambda a, b: 1.0 if a == b else 2 / 2 ** (a + b), "the same mirrored"),
+        ("sign_test", lambda a, b: min(1.0, tail(a, b, b)), "who is the first"),
+        ("unbiased_kid", lambda f, g: distance(f, g, off=0, alone=False), "leave out each picture"),
+        ("unbiased_kid", lambda f, g: distance(f, g, width=1), "number of features"),
+        ("unbiased_kid", lambda f, g: distance(f, g) + (len(f) != len(g)), "its own count"),
+        ("concept_texts", lambda name: (ways(name)[0], ["a"]), "of the same length"),
+        ("concept_texts", lambda name: ([name] * 4, ["a"] * 4), "four different ways"),
+        ("concept_texts", lambda name: ways("it"), "has to name it"),
+        ("concept_texts", lambda name: (ways(name)[0],) * 2, "must not be named"),
+        ("concept_texts", lambda name: ways("Van Gogh"), "the name that is given"),
+        ("closer_to_name", lambda a, b: 2.0 * (a < b).mean(), "by picture"),
+        ("closer_to_name", lambda a, b: (a >= b).mean(), "A draw"),
+        ("closer_to_name", lambda a, b: (a > b).mean() if len(a) < 3 else a.mean() > b.mean(), "outvote"),
+        ("book_megabytes", lambda channels, moments, places: 2 * moments * sum(channels) / 1e6, "Two halves"),
+        ("book_megabytes", lambda channels, m, p: 4 * m * p * channels[0] / 1e6, "sum them"),
+        ("book_megabytes", lambda channels, moments, places: 4 * sum(channels) / 1e6, "Every moment"),
+        ("drawing_cost", lambda n, s, t, p: (n * s * t, 0), "divide by 60"),
+        ("drawing_cost", lambda n, s, t, p: (n * s * t / 60, n * s * t / 60 * p), "that of an hour"),
+        ("lora_loss", lambda s, r: s[:r].sum() / s.sum(), "nothing is lost"),
+        ("lora_loss", lambda s, r: s[r:].sum() / s.sum(), "sum of squares"),
+        (
+            "lora_loss",
+            lambda s, r: (s[r] if r < 2 else 0) / np.linalg.norm(s) if r else 1.0,
+            "not one direct",
+        ),
+    ],
+)
+def test_a_wrong_answer_gets_its_own_hint(checker, wrong, hint):
+    verdict = getattr(checks, checker)(wrong)
+    assert not verdict and hint in verdict.message, verdict
 
 
 def scores(matrix, requests, k):

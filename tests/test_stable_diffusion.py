@@ -144,5 +144,12 @@ def test_a_notebook_runs_to_its_end(number, size, hub):
 
 
 @pytest.mark.slow
+def test_the_notebook_of_real_models_runs_to_its_end_on_a_folder_08(hub):
+    folder = next((hub / "hub").glob("models--CompVis*/snapshots/*"))  # its name alone wants a GPU
+    notebook = shrunk.run("08", DUGE_MODEL=str(folder), HF_HOME=str(hub))
+    assert shrunk.printed(notebook).endswith("stable-diffusion\n"), notebook.metadata.get("error")
+
+
+@pytest.mark.slow
 def test_the_notebook_of_the_oracle_says_why_it_stops(hub):
     assert run("06", hub).metadata.error == ("ModelNotFoundError", NO_ORACLE)
