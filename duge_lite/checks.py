@@ -102,7 +102,7 @@ def ddim_step(function: Callable) -> Verdict:
 
 
 def sampling_loop(function: Callable) -> Verdict:
-    """Notebook 01: ``draw(ask, noise, alphas)``, from noise to a picture."""
+    """Notebook 01: ``sampling_loop(denoiser, noise, alphas)``, from noise to a picture."""
     wish, noise = np.array([0.5, -1.0]), np.array([2.0, 1.0])
     asked: list[int] = []
 
@@ -293,14 +293,14 @@ def ridge(function: Callable) -> Verdict:
 
 
 def regularization_loss(function: Callable) -> Verdict:
-    """Notebook 04: ``regularization_loss(parameters, anchor)``, from two dicts of tensors."""
+    """Notebook 04: ``regularization_loss(parameters, base)``, from two dicts of tensors."""
 
     def weights(a: tuple, b: tuple) -> dict[str, Tensor]:
         return {"a": torch.tensor(a), "b": torch.tensor(b)}
 
     now, start = weights((1.0, 2.0), (3.0,)), weights((0.0, 2.0), (1.0,))
     cases = [
-        Case((start, start), 0.0, "At the anchor nothing pulls."),
+        Case((start, start), 0.0, "At the base weights nothing pulls."),
         Case(
             (now, start),
             5 / 3,
