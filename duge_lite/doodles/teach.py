@@ -79,9 +79,9 @@ def teach_steps(
     pipe: StableDiffusionPipeline,
     new: Pictures,
     memory: Pictures,
-    steps: int = 160,
-    lr: float = 5e-4,
-    batch_size: int = 12,
+    steps: int = 120,
+    lr: float = 6e-4,
+    batch_size: int = 8,
     seed: int = 0,
 ) -> Iterator[float]:
     """Trains the whole denoiser in place, half of each batch ``new``, half ``memory``; yields the loss.
