@@ -233,11 +233,10 @@ def main() -> None:
 
     pipe, count = load_pipeline("doodle"), 6
     asked = [prompt("cup", s) for s in (*STYLES, "photo")]
-    by_hand, texts = drawings("cup", cup)
+    by_hand, texts = drawings("cup", cup, 200)
     rows = [by_hand[:count], sample(pipe, asked, SEED)]
-    for _ in teach_steps(
-        pipe, encode_pictures(pipe, by_hand, texts), encode_pictures(pipe, *world_drawings())
-    ):
+    new, memory = encode_pictures(pipe, by_hand, texts), encode_pictures(pipe, *world_drawings(200))
+    for _ in teach_steps(pipe, new, memory, 160, 5e-4, 12):  # twice the notebook's lesson
         pass
     rows.append(sample(pipe, asked, SEED))
     unlearn(pipe, Concept("cup", [prompt("cup", s) for s in STYLES]), progress=False)
