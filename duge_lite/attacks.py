@@ -17,13 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from diffusers import (
-    AutoPipelineForImage2Image,
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -190,6 +184,8 @@ def redrawing(
     with the noise of the moment (RePaint, arXiv 2201.09865, without its resampling). Picture i takes its
     noise from ``seed + i``. Returns a survey.
     """
+    from diffusers import AutoPipelineForImage2Image  # imports all pipelines, and says so
+
     check_countable(card := model_card(pipe), concept, judge)
     relay, width, shown = AutoPipelineForImage2Image.from_pipe(pipe), pictures.latents.shape[-1], []
     relay.set_progress_bar_config(disable=True)

@@ -13,6 +13,7 @@ import torch
 
 import duge_lite as duge
 from duge_lite import baselines, checks, losses
+from duge_lite.doodles.draw import Part
 from duge_lite.evaluation import sequence_metrics
 
 # What readers may hand in, whatever the exercise.
@@ -331,6 +332,60 @@ def test_gone_and_kept_agrees_with_the_metrics(tiny_master):
 def test_a_wrong_gone_and_kept_gets_its_own_hint(wrong, hint):
     verdict = checks.gone_and_kept(wrong)
     assert not verdict and hint in verdict.message
+
+
+# notebook 01
+
+
+def asked_once(denoiser, noise, alphas):
+    x, named = noise, denoiser(noise, 0)
+    for a, b in zip(alphas, alphas[1:], strict=False):
+        x = np.sqrt(b) * (x - np.sqrt(1 - a) * named) / np.sqrt(a) + np.sqrt(1 - b) * named
+    return x
+
+
+# notebook 04: least squares, as somebody may write it who forgets one thing
+
+
+def ridge_by_sums(f, wanted, start, r):
+    return (wanted.T @ f + r * start) @ np.linalg.inv(f.T @ f + r * np.eye(f.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "hint"),
+    [
+        ("add_noise", lambda x, e, a: a * x + (1 - a) * e, "square roots"),
+        ("add_noise", lambda x, e, a: np.sqrt(1 - a) * x + np.sqrt(a) * e, "only picture"),
+        ("clean_guess", lambda x, e, a: x - np.sqrt(1 - a) * e, "divide by the root"),
+        ("ddim_step", lambda x, e, a, b: np.sqrt(b) * x + np.sqrt(1 - b) * e, "guessed picture"),
+        ("sampling_loop", asked_once, "each asks anew"),
+        ("guided", lambda e, c, g: e + g * c, "At scale 1"),
+        ("guided", lambda e, c, g: (1 + g) * c - g * e, "At scale 1"),
+        ("average_noise", lambda noises: np.mean(noises, 0), "squared strength 4"),
+        ("write_loss", lambda m, f, w: ((f @ m - w) ** 2).mean(), "f @ matrix.T"),
+        ("write_loss", lambda m, f, w: ((f @ m.T - w) ** 2).sum(1).mean(), "the mean is 3"),
+        ("ridge", ridge_by_sums, "divide them by len(f)"),
+        ("ridge", lambda f, w, o, r: (w.T @ f + r * o) @ np.linalg.inv(f.T @ f + r), "on the diagonal only"),
+        ("new_thing", lambda: [Part(np.zeros((3, 2)), (0, 0, 0))], "It is small"),
+        ("nearest_prototype", lambda f, p: (f @ p.T).argmax(1), "Measure all the distances"),
+        ("harmonic_mean", np.mean, "number over the sum"),
+        ("harmonic_mean", lambda s: 2 * s[0] * s[1] / (s[0] + s[1]), "not always two"),
+        ("harmonic_mean", lambda s: len(s) / sum(1 / x for x in s), "before you divide"),
+        ("pictures_needed", lambda h, d: math.ceil(math.log(d) / math.log(1 - h)), "logarithm of 0"),
+        ("pictures_needed", lambda h, d: 4, "one is enough"),
+    ],
+)
+def test_a_wrong_answer_gets_its_own_hint(name, wrong, hint):
+    verdict = getattr(checks, name)(wrong)
+    assert not verdict and hint in verdict.message, verdict
+
+
+def test_a_hint_tells_plain_numbers_and_only_the_readers_own():
+    assert (
+        "it returned [1.25, -1.25], expected [1.0, -1.0]."
+        in checks.clean_guess(lambda x, e, a: (x - np.sqrt(1 - a) * e) / a).message
+    )
+    assert checks.average_noise(lambda noises: np.mean(noises, 0)).message.startswith("not yet. Of 4 noises")
 
 
 # The solutions that are folded under the exercises

@@ -37,7 +37,7 @@ def cup() -> list[Part]:
 
 
 def drawings(
-    name: str, parts: Callable[[], list[Part]], count: int = 200, seed: int = 0
+    name: str, parts: Callable[[], list[Part]], count: int = 120, seed: int = 0
 ) -> tuple[list[Image.Image], list[str]]:
     """``count`` drawings of a new thing and their captions, the styles in turn, on random grounds.
 
@@ -55,14 +55,14 @@ def drawings(
     return pictures, texts
 
 
-def world_drawings(count: int = 200, seed: int = 0) -> tuple[list[Image.Image], list[str]]:
+def world_drawings(count: int = 120, seed: int = 0) -> tuple[list[Image.Image], list[str]]:
     """``count`` drawings of what the world has already, with captions: the memory of the rest."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     return [draw_scene(s, rng) for s in scenes], [caption(s, rng) for s in scenes]
 
 
-def not_it(count: int = 100, seed: int = 0) -> list[Image.Image]:
+def not_it(count: int = 60, seed: int = 0) -> list[Image.Image]:
     """What a judge must not take for the new thing: 5 x ``count`` drawings, ``count`` pictures of nothing."""
     nothing = [draw_nothing(np.random.default_rng((seed, i)))[0] for i in range(count)]
     return [*world_drawings(5 * count, seed + 1)[0], *nothing]
@@ -79,9 +79,9 @@ def teach_steps(
     pipe: StableDiffusionPipeline,
     new: Pictures,
     memory: Pictures,
-    steps: int = 160,
-    lr: float = 5e-4,
-    batch_size: int = 12,
+    steps: int = 120,
+    lr: float = 6e-4,
+    batch_size: int = 8,
     seed: int = 0,
 ) -> Iterator[float]:
     """Trains the whole denoiser in place, half of each batch ``new``, half ``memory``; yields the loss.
