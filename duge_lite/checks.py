@@ -564,50 +564,6 @@ def ask_otherwise(function: Callable) -> Verdict:
     return examine(about, cases, "now ask the model.")
 
 
-def word_loss(function: Callable) -> Verdict:
-    """Notebook 06: ``word_loss(denoise, clean, noise, alpha, vector)``, how badly a word describes."""
-    clean, noise = np.array([[1.0, -1.0], [2.0, 0.0]]), np.array([[0.5, 2.0], [-1.0, 1.0]])
-    heard: list[Any] = []
-
-    def loss(vector: float, alpha: float, answer: Callable) -> list[float] | None:
-        heard.clear()
-
-        def denoise(noisy: np.ndarray, word: float) -> np.ndarray:
-            heard.append((np.asarray(noisy), word))
-            return answer(np.asarray(noisy), word)
-
-        got = function(denoise, clean.copy(), noise.copy(), alpha, vector)
-        if got is None or got is Ellipsis:
-            return None
-        mixed = np.sqrt(alpha) * clean + np.sqrt(1 - alpha) * noise
-        shown = heard[0][0] if heard else np.zeros(1)
-        return [
-            float(got),
-            float(shown.shape == mixed.shape and np.allclose(shown, mixed)),
-            float(len(heard)),
-        ]
-
-    cases = [
-        Case(
-            (3.0, 0.64, lambda x, w: noise),
-            [0.0, 1.0, 1.0],
-            "Who names the noise has no error. Ask `denoise` once, "
-            "and show it sqrt(alpha) * clean + sqrt(1 - alpha) * noise.",
-        ),
-        Case(
-            (3.0, 0.64, lambda x, w: noise + w),
-            [9.0, 1.0, 1.0],
-            "Tell `denoise` the vector, and square what it is off.",
-        ),
-        Case(
-            (1.0, 0.36, lambda x, w: noise + np.array([[2.0, 0.0], [0.0, 0.0]])),
-            [1.0, 1.0, 1.0],
-            "One of four numbers is off by 2: the squares sum to 4, the mean is 1.",
-        ),
-    ]
-    return examine(loss, cases, "the smaller it is, the better the word describes the pictures.")
-
-
 # ---------------------------------------------------------------------------- notebook 07
 
 

@@ -306,10 +306,6 @@ def error(a, b):
     return np.mean((a - b) ** 2)
 
 
-def mixed(clean, noise, alpha):
-    return np.sqrt(alpha) * clean + np.sqrt(1 - alpha) * noise
-
-
 @pytest.mark.parametrize(
     ("checker", "wrong", "hint"),
     [
@@ -326,10 +322,6 @@ def mixed(clean, noise, alpha):
         ("ask_otherwise", lambda c: [1, 2, 3], "a list of prompts"),
         ("ask_otherwise", lambda c: ["a pippin", "a pippin", ""], "at least three"),
         ("ask_otherwise", lambda c: ["a pippin", "a fruit", f"an {c.upper()}"], "says the name"),
-        ("word_loss", lambda f, x, e, a, v: error(f(x, v), e), "show it"),
-        ("word_loss", lambda f, x, e, a, v: np.sqrt(error(f(mixed(x, e, a), v), e)), "square what"),
-        ("word_loss", lambda f, x, e, a, v: error(f(mixed(x, e, a), 0), e), "the vector"),
-        ("word_loss", lambda f, x, e, a, v: 4 * error(f(mixed(x, e, a), v), e), "square what"),
     ],
 )
 def test_a_wrong_answer_of_06_gets_its_own_hint(checker, wrong, hint):
@@ -340,7 +332,6 @@ def test_a_wrong_answer_of_06_gets_its_own_hint(checker, wrong, hint):
 def test_the_gain_of_the_exercise_may_be_below_zero():
     assert checks.gain(lambda e, a, b: 1 - error(e, a) / error(e, b))
     assert checks.above_floor(corrected)
-    assert checks.word_loss(lambda f, x, e, a, v: error(f(mixed(x, e, a), v), e))
 
 
 # The solutions that are folded under the exercises
