@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 COVERS = {
     "growing.png": ("01_a_picture_out_of_noise", "The large shapes come first"),
     "minimum.png": ("04_three_losses_one_equation", "Every direction from the solution"),
+    "erosion.png": ("05_forget_many_concepts", "Naive: things change"),
+    "finished.png": ("06_is_it_really_gone", "Noised apples"),
 }
 
 
