@@ -507,6 +507,113 @@ def gone_and_kept(function: Callable) -> Verdict:
     return examine(function, cases, "what came back counts against UA, and nothing that went counts as kept.")
 
 
+def wilson(function: Callable) -> Verdict:
+    """Notebook 05: ``wilson(hits, n, z)``, both ends of the interval of a share."""
+    z = 1.96
+    cases = [
+        Case(
+            (0, 4, z),
+            (0.0, z**2 / (4 + z**2)),
+            "With 0 of 4 the middle and the half width are equal, so the lower end is 0. Divide both by "
+            "1 + z**2 / n.",
+        ),
+        Case((2, 4, z), (0.1500357, 0.8499643), "Under the root stands p (1 - p) / n + z**2 / (4 n**2)."),
+        Case(
+            (9, 10, z),
+            (0.5958436, 0.9821243),
+            "p is hits / n. The middle is p, drawn a little towards one half.",
+        ),
+        Case(
+            (2, 4, 1.0),
+            (0.2763932, 0.7236068),
+            "z is given: 1.96 is the one for 95 %, others stand for others.",
+        ),
+    ]
+    return examine(
+        function, cases, "honest at 0 and at 1, where the school formula says plus or minus nothing."
+    )
+
+
+def solve_all(function: Callable) -> Verdict:
+    """Notebook 05: ``solve_all(old, S, X, r)``, the one matrix for many requests, from lists of sums."""
+    rng = np.random.default_rng(0)
+    old = rng.standard_normal((2, 3))
+    f, g = rng.standard_normal((2, 2, 9, 3))
+    heard, wanted = f.transpose(0, 2, 1) @ f / 9, g.transpose(0, 2, 1) @ f / 9  # (2, 3, 3) each
+    eye = np.eye(3)
+
+    def best(s: np.ndarray, x: np.ndarray, r: float) -> np.ndarray:
+        return old @ (x + r * eye) @ np.linalg.inv(s + r * eye)
+
+    cases = [
+        Case((old, [heard[0]], [heard[0]], 0.1), old, "Who wants what is heard already changes nothing."),
+        Case(
+            (old, [heard[0]], [wanted[0]], 0.1),
+            best(heard[0], wanted[0], 0.1),
+            "For one request it is the formula: r times the identity is added to both. `matrix + r` adds r "
+            "to every entry.",
+        ),
+        Case(
+            (old, list(heard), list(wanted), 0.1),
+            best(heard.sum(0), wanted.sum(0), 0.1),
+            "Two requests: add the S, add the X, then solve once. r is added once, too.",
+        ),
+        Case(
+            (old, list(heard[::-1]), list(wanted[::-1]), 0.1),
+            best(heard.sum(0), wanted.sum(0), 0.1),
+            "The same two in the other order: the same sums, so the same matrix.",
+        ),
+    ]
+    return examine(
+        function, cases, "a sum has no memory of its order, and so the model has none.", tolerance=1e-4
+    )
+
+
+def take_back(function: Callable) -> Verdict:
+    """Notebook 05: ``take_back(S, X, s_gone, x_gone, s_kept)``, both sums as if it had not been asked."""
+    S, X = np.array([[9.0, 2.0], [2.0, 7.0]]), np.array([[5.0, 1.0], [0.0, 6.0]])
+    s, x, none = np.array([[4.0, 1.0], [1.0, 2.0]]), np.array([[1.0, 3.0], [2.0, 0.0]]), np.zeros((2, 2))
+    back = np.array([[3.0, 0.0], [0.0, 1.0]])
+    cases = [
+        Case((S, X, none, none, none), [S, X], "Return both, S and X. Nothing taken back changes neither."),
+        Case(
+            (S, X, s, x, none),
+            [S - s, X - x],
+            "Subtract what the request had added: s_gone from S, x_gone from X.",
+        ),
+        Case(
+            (S, X, s, x, back),
+            [S - s + back, X - x + back],
+            "It counts among what stays again, so its sum comes back into S. What stays is to be written "
+            "as it was, f* = f: so the same sum comes back into X.",
+        ),
+    ]
+    return examine(function, cases, "no walk back through the later requests: a subtraction.")
+
+
+def back_door(function: Callable) -> Verdict:
+    """Notebook 05: ``back_door(asked, named, gone)``, the share that shows another thing that went."""
+    gone = ["apple", "car", "harp"]
+    cases = [
+        Case(
+            (["apple", "car"], ["orange", "tree"], gone),
+            0.0,
+            "Things that stay may be shown: they do not count.",
+        ),
+        Case(
+            (["apple", "car"], ["apple", "tree"], gone),
+            0.0,
+            "Its own name is no back door: that one came through the front. Count only *another* one.",
+        ),
+        Case(
+            (["apple", "car", "harp", "harp"], ["car", "star", "apple", "harp"], gone),
+            0.5,
+            "Divide by all pictures, not by those that show something that went.",
+        ),
+    ]
+    return examine(function, cases, "the accuracy matrix has no cell for this.")
+
+
 # ---------------------------------------------------------------------------- notebook 06
 
 
@@ -534,6 +641,69 @@ def recovery_time(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "the longer it takes, the less was left to find.")
+
+
+def above_floor(function: Callable) -> Verdict:
+    """Notebook 06: ``above_floor(seen, floor)``, the share that is left when false alarms are taken off."""
+    cases = [
+        Case((0.4, 0.0), 0.4, "Without false alarms nothing has to be taken off."),
+        Case((0.2, 0.2), 0.0, "As much as the floor is nothing."),
+        Case((1.0, 0.2), 1.0, "All is all: divide by what was left to find, 1 - floor."),
+        Case((0.6, 0.2), 0.5, "0.4 above the floor, of 0.8 that were left to find: 0.5."),
+        Case((0.1, 0.2), 0.0, "Below the floor is not less than nothing: never below 0."),
+        Case(
+            (1.0, 1.0),
+            0.0,
+            "Where the floor is 1 the probe cannot show anything: return 0, and do not divide.",
+        ),
+    ]
+    return examine(function, cases, "what is left is what the model had to add to chance.")
+
+
+def gain(function: Callable) -> Verdict:
+    """Notebook 06: ``gain(noise, told, untold)``, the share of the error that the name takes away."""
+    noise = np.array([[1.0, -1.0], [0.0, 2.0]])
+    off = np.array([[2.0, 0.0], [0.0, 0.0]])
+    cases = [
+        Case((noise, noise, noise + 1), 1.0, "Told and without any error: the name takes all of it away."),
+        Case(
+            (noise, noise + 1, noise - 1),
+            0.0,
+            "Equal errors, though in other directions: 0. Square before the mean.",
+        ),
+        Case(
+            (noise, noise + off / 2, noise + off), 0.75, "Half as far off is a quarter of the squared error."
+        ),
+        Case(
+            (noise, noise + off, noise + off / 2),
+            -3.0,
+            "A name that misleads has a gain below 0: do not cut it off.",
+        ),
+    ]
+    return examine(function, cases, "no judge was asked.")
+
+
+def ask_otherwise(function: Callable) -> Verdict:
+    """Notebook 06: ``ask_otherwise(concept)``, at least three different prompts that do not say its name."""
+
+    def about(concept: str, what: str) -> float | None:
+        texts = function(concept)
+        if texts is None or texts is Ellipsis:
+            return None
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            return 0.0
+        if what == "texts":
+            return 1.0
+        if what == "several":
+            return float(len({text.strip().lower() for text in texts} - {""}) >= 3)
+        return float(not any(concept in text.lower() for text in texts))
+
+    cases = [
+        Case(("apple", "texts"), 1.0, "Return a list of prompts, each of them a text."),
+        Case(("apple", "several"), 1.0, "One is soon refused. Return at least three that differ."),
+        Case(("apple", "silent"), 1.0, "One of them says the name. That would be no attack."),
+    ]
+    return examine(about, cases, "now ask the model.")
 
 
 # ---------------------------------------------------------------------------- notebook 07

@@ -14,7 +14,7 @@ import torch
 import duge_lite as duge
 from duge_lite import baselines, checks, losses
 from duge_lite.doodles.draw import Part
-from duge_lite.evaluation import sequence_metrics
+from duge_lite.evaluation import sequence_metrics, wilson_interval
 
 # What readers may hand in, whatever the exercise.
 
@@ -296,7 +296,7 @@ def ways(name):
         ),
     ],
 )
-def test_a_wrong_answer_gets_its_own_hint(checker, wrong, hint):
+def test_a_wrong_answer_of_07_and_08_gets_its_own_hint(checker, wrong, hint):
     verdict = getattr(checks, checker)(wrong)
     assert not verdict and hint in verdict.message, verdict
 
@@ -386,6 +386,115 @@ def test_a_hint_tells_plain_numbers_and_only_the_readers_own():
         in checks.clean_guess(lambda x, e, a: (x - np.sqrt(1 - a) * e) / a).message
     )
     assert checks.average_noise(lambda noises: np.mean(noises, 0)).message.startswith("not yet. Of 4 noises")
+
+
+# notebook 05
+
+
+def ends(k, n, z):
+    p = k / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def school(k, n, z):
+    p = k / n
+    half = z * math.sqrt(p * (1 - p) / n)
+    return p - half, p + half
+
+
+def solved(old, S, X, r):
+    eye = r * np.eye(len(S[0]))
+    return old @ (sum(X) + eye) @ np.linalg.inv(sum(S) + eye)
+
+
+def opened(asked, named, gone):
+    return np.mean([n in gone and n != a for a, n in zip(asked, named, strict=True)])
+
+
+def one_after_another(old, S, X, r):
+    for s, x in zip(S, X, strict=True):
+        old = solved(old, [s], [x], r)
+    return old
+
+
+@pytest.mark.parametrize(
+    ("checker", "wrong", "hint"),
+    [
+        ("wilson", school, "middle and the half width"),
+        ("wilson", lambda k, n, z: tuple(e * (1 + z * z / n) for e in ends(k, n, z)), "Divide both"),
+        ("wilson", lambda k, n, z: ends(k, n, 1.96), "z is given"),
+        ("wilson", lambda k, n, z: ends(min(k, n - k), n, z), "p is hits / n"),
+        (
+            "solve_all",
+            lambda o, S, X, r: o @ sum(X) @ np.linalg.inv(sum(S) + r * np.eye(3)),
+            "Who wants what",
+        ),
+        ("solve_all", lambda o, S, X, r: o @ (sum(X) + r) @ np.linalg.inv(sum(S) + r), "adds r"),
+        ("solve_all", lambda o, S, X, r: solved(o, S[-1:], X[-1:], r), "Two requests"),
+        ("solve_all", lambda o, S, X, r: solved(o, S, X, r * len(S)), "r is added once"),
+        ("solve_all", one_after_another, "Two requests"),
+        ("take_back", lambda S, X, s, x, back: S - s, "Return both"),
+        ("take_back", lambda S, X, s, x, back: (S - s, X - s), "x_gone from X"),
+        ("take_back", lambda S, X, s, x, back: (S - s, X - x), "comes back into S"),
+        ("take_back", lambda S, X, s, x, back: (S - s + back, X - x), "comes back into X"),
+        ("back_door", lambda a, n, gone: np.mean([x in gone for x in n]), "front"),
+        (
+            "back_door",
+            lambda a, n, gone: np.mean([x != y for x, y in zip(a, n, strict=True)]),
+            "they do not count",
+        ),
+        ("back_door", lambda a, n, gone: len(a) * opened(a, n, gone), "Divide by all"),
+    ],
+)
+def test_a_wrong_answer_of_05_gets_its_own_hint(checker, wrong, hint):
+    verdict = getattr(checks, checker)(wrong)
+    assert not verdict and hint in verdict.message, verdict
+
+
+def test_the_interval_of_the_exercise_is_the_library_s():
+    assert checks.wilson(ends) and checks.solve_all(solved) and checks.back_door(opened)
+    for hits, n in ((0, 2), (2, 2), (3, 10)):
+        assert ends(hits, n, 1.96) == pytest.approx(wilson_interval(hits, n), abs=1e-12)
+
+
+# notebook 06
+
+
+def corrected(seen, floor):
+    return max(0.0, (seen - floor) / (1 - floor)) if floor < 1 else 0.0
+
+
+def error(a, b):
+    return np.mean((a - b) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("checker", "wrong", "hint"),
+    [
+        ("above_floor", lambda seen, floor: floor, "Without false alarms"),
+        ("above_floor", lambda seen, floor: seen - floor, "All is all"),
+        ("above_floor", lambda seen, floor: seen, "As much as the floor"),
+        ("above_floor", lambda seen, floor: (seen - floor) / (1 - floor), "not less than nothing"),
+        ("above_floor", lambda seen, floor: max(0, (seen - floor) / (1 - floor)), "do not divide"),
+        ("gain", lambda e, a, b: 1 - np.mean(e - a) / np.mean(e - b), "Equal errors"),
+        ("gain", lambda e, a, b: 1 - np.abs(e - a).mean() / np.abs(e - b).mean(), "quarter"),
+        ("gain", lambda e, a, b: max(0, 1 - error(e, a) / error(e, b)), "do not cut"),
+        ("gain", lambda e, a, b: error(e, a) / error(e, b), "takes all of it"),
+        ("ask_otherwise", lambda c: "a pippin", "a list of prompts"),
+        ("ask_otherwise", lambda c: [1, 2, 3], "a list of prompts"),
+        ("ask_otherwise", lambda c: ["a pippin", "a pippin", ""], "at least three"),
+        ("ask_otherwise", lambda c: ["a pippin", "a fruit", f"an {c.upper()}"], "says the name"),
+    ],
+)
+def test_a_wrong_answer_of_06_gets_its_own_hint(checker, wrong, hint):
+    verdict = getattr(checks, checker)(wrong)
+    assert not verdict and hint in verdict.message, verdict
+
+
+def test_the_gain_of_the_exercise_may_be_below_zero():
+    assert checks.gain(lambda e, a, b: 1 - error(e, a) / error(e, b))
+    assert checks.above_floor(corrected)
 
 
 # The solutions that are folded under the exercises

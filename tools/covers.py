@@ -15,6 +15,8 @@ COVERS = {
     "race.png": ("07_who_forgets_best", "Forgetting"),
     "own-concept.png": ("08_take_it_to_stable_diffusion", "The doodle model: “car” before"),
     "minimum.png": ("04_three_losses_one_equation", "Every direction from the solution"),
+    "erosion.png": ("05_forget_many_concepts", "Naive: things change"),
+    "finished.png": ("06_is_it_really_gone", "Noised apples"),
 }
 
 
