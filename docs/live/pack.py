@@ -47,11 +47,12 @@ def weights() -> dict:
 
 def words() -> list[str]:
     """All that stood in a caption of the training: other words mean nothing to the model."""
-    from duge_lite.doodles import captions, draw
+    from duge_lite.doodles import captions
+    from duge_lite.doodles.draw import BACKGROUNDS
 
     texts = [t for templates in captions.TEMPLATES.values() for t in templates]
     texts += [*captions.SYNONYMS, *captions.SYNONYMS.values(), *captions._PAIR, *captions._GROUND, "a an"]
-    return sorted(set(re.findall(r"[a-z]+", " ".join([*texts, *draw.BACKGROUNDS]))))
+    return sorted(set(re.findall(r"[a-z]+", " ".join([*texts, *BACKGROUNDS]))))
 
 
 def tokenizer() -> dict:
@@ -93,6 +94,38 @@ def picture_book() -> tuple[dict, dict]:
         "ridge": config.weights[2],
     }
     return about, seen
+
+
+EXAMPLES = (
+    "a photo of an apple", "a neon sign of an apple", "an apple next to an umbrella", "a watercolor painting of a mushroom",
+)  # fmt: skip
+SETS = {
+    "nothing": (),
+    "the apple": ("apple",),
+    "the twelve of the benchmark": (
+        "apple", "umbrella", "car", "sunglasses", "broccoli", "traffic light", "goldfish", "harp", "house", "broom",
+        "neon", "mosaic",
+    ),
+}  # fmt: skip
+
+
+def fill(page: str) -> str:
+    """The source of the page with its buttons, boxes and words."""
+    from duge_lite.concepts import ModelCard
+
+    card = ModelCard.read("doodle", "doodle-20.csv")
+    box = '<label><input type="checkbox" name="gone" value="{0}">{0}</label>'
+    parts = {
+        "examples": [f'<button type="button" data-prompt="{text}">{text}</button>' for text in EXAMPLES],
+        "sets": [
+            f'<button type="button" data-set="{",".join(names)}">{title}</button>' for title, names in SETS.items()
+        ],
+        "concepts": [box.format(name) for name in card.forgettable],
+        "words": [", ".join(words())],
+    }
+    for name, tags in parts.items():
+        page = page.replace(f"<!-- {name} -->", "\n".join(tags))
+    return page
 
 
 def script(name: str, about: dict, tensors: dict) -> str:
