@@ -163,7 +163,7 @@ def add_front_door(app, exception) -> None:
 
 
 def add_live_page(app, exception) -> None:
-    """The model and the program of docs/live.md, beside it; they are not downloads, so Sphinx does not know them."""
+    """The model and the program of docs/live.md, beside it."""
     if exception is None and app.builder.format == "html":
         pack.write(Path(app.outdir) / "docs" / "live")
 

@@ -2,11 +2,11 @@
 
     python docs/live/pack.py FOLDER
 
-``model.js`` holds the pipeline's weights (text encoder, denoiser, the decoder's half of the autoencoder: 16 bits,
-as in data/) and its tokenizer; ``book.js`` the picture book, which is all that forgetting needs: what each
-cross-attention layer saw while the base model drew every prompt of the memory, at fewer places than the
-library looks at (`PLACES`), in 8 bits. A page that was opened from a folder may not fetch files, but may load
-scripts; so each is a script that holds base64.
+``model.js`` holds the pipeline's weights (text encoder, denoiser, the decoder's half of the autoencoder: the
+16 bits of data/) and its tokenizer; ``book.js`` the picture book, which is all that forgetting needs: what
+each cross-attention layer saw while the base model drew every prompt of the memory, at fewer places than the
+library looks at (`PLACES`), in 8 bits. A page that was opened from a folder may not fetch files, but may
+load scripts; so each is a script that holds base64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MODEL = ROOT / "data" / "doodle-sd"
 PLACES = 8
-"""Per layer and moment; the library's default is 32. With 5 moments and both halves of guidance, 80 a prompt."""
+"""Per layer and moment; the library's default is 32. With 5 moments, each in two halves, 80 a prompt."""
 
 
 def parts():
@@ -83,7 +83,7 @@ def picture_book() -> tuple[dict, dict]:
         concepts[name] = {
             "asks": concept.prompts,
             "instead": concept.instead or None,
-            "nearest": [] if concept.instead else list(book.ranking(pipe, concept).index),
+            "nearest": list(() if concept.instead else book.ranking(pipe, concept).index),
             "named": [prompt for prompt in book.memory if concept.named_in(prompt)],
         }
     about = {
@@ -97,14 +97,17 @@ def picture_book() -> tuple[dict, dict]:
 
 
 EXAMPLES = (
-    "a photo of an apple", "a neon sign of an apple", "an apple next to an umbrella", "a watercolor painting of a mushroom",
-)  # fmt: skip
+    "a photo of an apple",
+    "a neon sign of an apple",
+    "an apple next to an umbrella",
+    "a watercolor painting of a mushroom",
+)
 SETS = {
     "nothing": (),
     "the apple": ("apple",),
     "the twelve of the benchmark": (
-        "apple", "umbrella", "car", "sunglasses", "broccoli", "traffic light", "goldfish", "harp", "house", "broom",
-        "neon", "mosaic",
+        "apple", "umbrella", "car", "sunglasses", "broccoli", "traffic light", "goldfish", "harp", "house",
+        "broom", "neon", "mosaic",
     ),
 }  # fmt: skip
 
@@ -118,7 +121,8 @@ def fill(page: str) -> str:
     parts = {
         "examples": [f'<button type="button" data-prompt="{text}">{text}</button>' for text in EXAMPLES],
         "sets": [
-            f'<button type="button" data-set="{",".join(names)}">{title}</button>' for title, names in SETS.items()
+            f'<button type="button" data-set="{",".join(names)}">{title}</button>'
+            for title, names in SETS.items()
         ],
         "concepts": [box.format(name) for name in card.forgettable],
         "words": [", ".join(words())],
@@ -140,18 +144,21 @@ def script(name: str, about: dict, tensors: dict) -> str:
 def digest() -> str:
     """Of all that the two files depend on."""
     sources = [path for _, path, _ in parts()] + [Path(__file__), MODEL / "tokenizer" / "tokenizer.json"]
-    sources += [ROOT / "duge_lite" / f"{name}.py" for name in ("solver", "concepts", "config", "models")]
+    rooms = ("attention", "concepts", "config", "models", "solver")
+    sources += [ROOT / "duge_lite" / f"{name}.py" for name in rooms]
     sources += sorted((ROOT / "duge_lite" / "doodles").glob("*.py"))
     return hashlib.sha1(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def write(folder: Path) -> None:
-    """The page's scripts into ``folder``; what was made before from the same sources is taken from build/live/."""
+    """The page's scripts into ``folder``; what was made before from the same sources lies in build/live/."""
     kept = ROOT / "build" / "live" / digest()
-    if not (kept / "book.js").is_file():
-        kept.mkdir(parents=True, exist_ok=True)
-        (kept / "model.js").write_text(script("model", tokenizer(), weights()), "utf-8")
-        (kept / "book.js").write_text(script("book", *picture_book()), "utf-8")
+    if not kept.is_dir():
+        draft = kept.with_suffix(".part")
+        draft.mkdir(parents=True, exist_ok=True)
+        (draft / "model.js").write_text(script("model", tokenizer(), weights()), "utf-8")
+        (draft / "book.js").write_text(script("book", *picture_book()), "utf-8")
+        draft.rename(kept)
     folder.mkdir(parents=True, exist_ok=True)
     for path in (*kept.iterdir(), *HERE.glob("*.js"), *HERE.glob("*.css")):
         shutil.copy(path, folder)
