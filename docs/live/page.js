@@ -2,7 +2,8 @@
 
 /* Runs in the worker, or in the page where a browser allows none. Takes requests one at a time, answers by `say`. */
 function dugeHost(makeEngine, say, plain) {
-  const engine = makeEngine(plain), known = {}; // what was solved before, by the names of what went
+  const engine = makeEngine(plain);
+  const known = {}, drawn = new Map(); // what was solved and drawn before
   const breathe = () => new Promise((done) => setTimeout(done));
   async function solve(names) {
     const key = [...names].sort().join();
@@ -10,7 +11,7 @@ function dugeHost(makeEngine, say, plain) {
       const work = engine.forget(names);
       for (let n = 1, step = work.next(); ; n++, step = work.next()) {
         if (step.done) { known[key] = step.value; break; }
-        say({ solving: n });
+        say({ layer: n });
         await breathe();
       }
     }
@@ -21,16 +22,23 @@ function dugeHost(makeEngine, say, plain) {
     book({ data, ...about }) { engine.setBook({ about, states: data }); },
     check(prompt) { return engine.unknown(prompt); },
     async draw({ prompt, seed, steps, guidance, forget }) {
-      const started = Date.now(), models = [null];
-      if (forget.length) models.push(await solve(forget));
-      const solved = Date.now() - started, drawings = models.map(() => engine.sample(prompt, seed, steps, guidance));
-      for (let step = 1; step <= steps; step++) {
-        for (let which = 0; which < models.length; which++) {
-          engine.use(models[which]);
-          const { value } = drawings[which].next();
-          say({ picture: engine.decode(value), which, step });
+      const started = Date.now(), models = [{ names: [], weights: null }];
+      if (forget.length) models.push({ names: forget, weights: await solve(forget) });
+      const solved = Date.now() - started;
+      if (drawn.size > 40) drawn.clear();
+      for (const model of models) {
+        const key = JSON.stringify([prompt, seed, steps, model.names]);
+        if (!drawn.has(key)) drawn.set(key, []);
+        model.pictures = drawn.get(key);
+        if (model.pictures.length < steps) { model.pictures.length = 0; model.drawing = engine.sample(prompt, seed, steps, guidance); }
+      }
+      for (let step = 1; step <= steps; step++) for (const [which, { weights, pictures, drawing }] of models.entries()) {
+        if (drawing) { // step by step in turn, each with its own weights
+          engine.use(weights);
+          pictures.push(engine.decode(drawing.next().value));
           await breathe();
         }
+        say({ picture: pictures[step - 1], which, step });
       }
       return { solved, ms: Date.now() - started, means: engine.means() };
     },
@@ -48,7 +56,7 @@ function dugeHost(makeEngine, say, plain) {
   const page = document.querySelector("[data-duge-live]");
   const folder = document.currentScript.src.replace(/[^/]*$/, "");
   const find = (selector) => page.querySelector(selector);
-  const status = find("output"), form = find("form"), button = find("button[type=submit]"), shown = find(".live-pictures");
+  const status = find("output"), form = find("form"), button = find("button[type=submit]"), shown = find(".live-pictures"), bar = find("progress");
   const tell = (text) => { status.textContent = text; };
 
   // ---- the worker
@@ -86,16 +94,16 @@ function dugeHost(makeEngine, say, plain) {
   page.querySelectorAll("[data-set]").forEach((set) => set.addEventListener("click", () => {
     const names = set.dataset.set.split(",");
     boxes.forEach((box) => { box.checked = names.includes(box.value); });
-    count_gone();
+    countGone();
   }));
-  function count_gone() {
+  function countGone() {
     const names = gone(), few = names.length < 4 ? names.join(", ") : `${names.slice(0, 3).join(", ")} and ${names.length - 3} more`;
     find("[data-gone]").textContent = names.length ? few : "nothing";
     page.querySelectorAll("[data-set]").forEach((set) => set.setAttribute("aria-pressed", String([...names].sort().join() === set.dataset.set.split(",").filter(Boolean).sort().join())));
   }
-  boxes.forEach((box) => box.addEventListener("change", count_gone));
+  boxes.forEach((box) => box.addEventListener("change", countGone));
   page.querySelectorAll("[data-prompt]").forEach((chip) => chip.addEventListener("click", () => { form.elements.prompt.value = chip.dataset.prompt; }));
-  count_gone();
+  countGone();
 
   // ---- drawing
   function frame(title, prompt, steps) {
@@ -120,8 +128,8 @@ function dugeHost(makeEngine, say, plain) {
 
   async function draw() {
     const { prompt, seed, steps } = form.elements, text = prompt.value.trim(), names = gone(), count = Number(steps.value);
-    const start_from = Number(seed.value);
-    if (!Number.isInteger(start_from) || start_from < 0 || start_from > 4294967295) return tell("The seed has to be a whole number from 0 to 4294967295.");
+    const first = Number(seed.value);
+    if (!Number.isInteger(first) || first < 0 || first > 4294967295) return tell("The seed has to be a whole number from 0 to 4294967295.");
     tell("Loading the model, 17 MB ...");
     if (!post) start();
     await need("model");
@@ -135,13 +143,15 @@ function dugeHost(makeEngine, say, plain) {
     shown.replaceChildren();
     const frames = [frame("base model", text, count)];
     if (names.length) frames.push(frame("after forgetting " + find("[data-gone]").textContent, text, count));
-    tell(names.length ? "Solving ..." : "Drawing ...");
-    seen = ({ solving, picture, which, step }) => {
-      if (solving) return;
-      if (which === 0) tell(`Drawing, step ${step} of ${count} ...`);
-      frames[which](picture, step);
+    tell(names.length ? "Forgetting, then drawing ..." : "Drawing ...");
+    bar.max = count + (names.length ? 7 : 0);
+    bar.value = 0;
+    bar.hidden = false;
+    seen = ({ layer, picture, which, step }) => {
+      if (layer || which === 0) bar.value = layer || step + (names.length ? 7 : 0);
+      if (picture) frames[which](picture, step);
     };
-    const took = await ask("draw", { prompt: text, seed: start_from, steps: count, guidance: 4, forget: names });
+    const took = await ask("draw", { prompt: text, seed: first, steps: count, guidance: 4, forget: names });
     const solved = took.solved > 50 ? `, ${(took.solved / 1000).toFixed(1)} of them to forget` : "";
     tell(`Done in ${(took.ms / 1000).toFixed(1)} seconds${solved} (${took.means}).`);
     page.dataset.ms = took.ms;
@@ -152,6 +162,6 @@ function dugeHost(makeEngine, say, plain) {
     if (button.disabled) return;
     button.disabled = true;
     delete page.dataset.ms;
-    draw().catch((error) => tell(error.message)).finally(() => { button.disabled = false; });
+    draw().catch((error) => tell(error.message)).finally(() => { button.disabled = false; bar.hidden = true; });
   });
 })();
