@@ -94,6 +94,12 @@ def test_it_draws_what_the_pipeline_draws(page, pipe):
         assert "Done in" in page.get_by_role("status").inner_text()
 
 
+def test_it_says_how_much_it_loads(page, pack):
+    folder = ROOT / "build" / "live" / pack.digest()
+    sizes = [round((folder / name).stat().st_size / 1e6) for name in ("model.js", "book.js")]
+    assert re.findall(r"\((\d+) MB\)", (ROOT / "docs" / "live.md").read_text("utf-8")) == [*map(str, sizes)]
+
+
 def test_it_says_which_word_it_never_read(page):
     page.get_by_label("Prompt").fill("a photo of a Walrus")
     page.get_by_role("button", name="Draw", exact=True).press("Enter")

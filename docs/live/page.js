@@ -130,7 +130,7 @@ function dugeHost(makeEngine, say, plain) {
     const { prompt, seed, steps } = form.elements, text = prompt.value.trim(), names = gone(), count = Number(steps.value);
     const first = Number(seed.value);
     if (!Number.isInteger(first) || first < 0 || first > 4294967295) return tell("The seed has to be a whole number from 0 to 4294967295.");
-    tell("Loading the model, 17 MB ...");
+    tell("Loading the model ...");
     if (!post) start();
     await need("model");
     const strange = await ask("check", text);
@@ -139,7 +139,7 @@ function dugeHost(makeEngine, say, plain) {
       find("[data-words]").open = true;
       return tell(`The model never read ${strange.map((w) => `"${w}"`).join(", ")}. All words that it knows are listed below.`);
     }
-    if (names.length) { tell("Loading what the layers saw, 8 MB ..."); await need("book"); }
+    if (names.length) { tell("Loading what the layers saw ..."); await need("book"); }
     shown.replaceChildren();
     const frames = [frame("base model", text, count)];
     if (names.length) frames.push(frame("after forgetting " + find("[data-gone]").textContent, text, count));
