@@ -1,7 +1,7 @@
-/* The doodle model, drawing in plain JavaScript: no library, no network. `python -m doctest` cannot read it; tests/test_live.py can.
+/* The doodle model in plain JavaScript: it draws, and it forgets. No library, no network (tests/test_live.py).
 
-   Everything is a matrix [channels, places] of 32-bit numbers in one memory, named by where it begins, and nearly all
-   work is one product of two of them (`mul`). A small WebAssembly function does it, put together below byte by byte;
+   Everything is a matrix [channels, places] of 32-bit numbers in one memory, named by the index where it begins, and nearly
+   all work is one product of two of them (`mul`). A small WebAssembly function does it, put together below byte by byte;
    where there is none, JavaScript does the same, more slowly. Names of weights are those of diffusers. */
 function dugeEngine(plain) {
   "use strict";

@@ -155,7 +155,8 @@ def write(folder: Path) -> None:
     kept = ROOT / "build" / "live" / digest()
     if not kept.is_dir():
         draft = kept.with_suffix(".part")
-        draft.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(kept.parent, ignore_errors=True)  # of other sources
+        draft.mkdir(parents=True)
         (draft / "model.js").write_text(script("model", tokenizer(), weights()), "utf-8")
         (draft / "book.js").write_text(script("book", *picture_book()), "utf-8")
         draft.rename(kept)

@@ -75,6 +75,7 @@ function dugeHost(makeEngine, say, plain) {
       const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
       post = (message) => worker.postMessage(message);
       worker.onmessage = (e) => hear(e.data);
+      worker.onerror = (e) => { waiting.forEach(({ fail }) => fail(Error(e.message || "The worker did not start."))); waiting.clear(); };
     } catch (error) { inPage(); }
   }
   const ask = (kind, data) => new Promise((done, fail) => { waiting.set(++count, { done, fail }); post({ id: count, kind, data }); });
