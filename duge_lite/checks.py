@@ -187,6 +187,72 @@ def attention_weights(function: Callable) -> Verdict:
     return examine(function, cases, "that is what each place of the picture does, in every layer and head.")
 
 
+def word_map(function: Callable) -> Verdict:
+    """Notebook 02: ``word_map(maps, tokens)``, one picture from a layer's maps (steps, heads, T, h, w)."""
+    maps = np.arange(1.0, 97.0).reshape(2, 2, 4, 2, 3) ** 2 / 1e4
+    first = maps[:1, :1]
+    cases = [
+        Case((first, [1]), first[0, 0, 1], "One step, one head, one token: the picture maps[0, 0, 1]."),
+        Case(
+            (first, [1, 2]),
+            first[0, 0, 1] + first[0, 0, 2],
+            "A word in two pieces is listened to as much as both together: *add* its tokens.",
+        ),
+        Case(
+            (maps, [1, 2]),
+            (maps[:, :, 1] + maps[:, :, 2]).mean(axis=(0, 1)),
+            "Over steps and heads take the *mean*: axes 0 and 1. What is left is (h, w).",
+        ),
+        Case((maps, [0, 3]), (maps[:, :, 0] + maps[:, :, 3]).mean(axis=(0, 1)), "Take just these tokens."),
+    ]
+    return examine(function, cases, "every map in this course is that, over one layer or several.")
+
+
+def overlap(function: Callable) -> Verdict:
+    """Notebook 02: ``overlap(word_map, mask)``, the shared part of the brightest places and a thing's."""
+    word_map = np.array([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3]])
+
+    def mask(*rows: str) -> np.ndarray:
+        return np.array([[c == "#" for c in row] for row in rows])
+
+    cases = [
+        Case((word_map, mask("##.", "#..")), 1.0, "The three brightest places are the thing's three: 1."),
+        Case((word_map, mask("..#", "...")), 0.0, "The one brightest place is not the thing's one: 0."),
+        Case((word_map, mask("#..", "#..")), 1 / 3, "Shared by both: 1 place. In one or both: 3. So 1/3."),
+        Case(
+            (word_map / 100, mask("##.", ".##")),
+            0.6,
+            "Choose the brightest by their order, as many as the mask has; how bright they are is no matter.",
+        ),
+    ]
+    return examine(function, cases, "one number, and you need not squint at a map.")
+
+
+def concentration(function: Callable) -> Verdict:
+    """Notebook 02: ``concentration(word_map)``, 0 for an even map, 1 for a single place."""
+    quarter = np.zeros((4, 4))
+    quarter[:2, :2] = 0.25
+    uneven = np.array([[0.75, 0.25], [0.0, 0.0]])
+    value = 1 + (0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
+    cases = [
+        Case((np.full((2, 2), 0.25),), 0.0, "Evenly everywhere is 0: the entropy is as large as it can be."),
+        Case(
+            (np.array([[0.0, 1.0], [0.0, 0.0]]),),
+            1.0,
+            "A single place is 1. Empty places count 0, but np.log(0) does not: leave them out.",
+        ),
+        Case(
+            (quarter,),
+            0.5,
+            "Divide the entropy by the largest possible one, the log of the number of *all* places, then "
+            "take it from 1.",
+        ),
+        Case((uneven,), value, "The entropy is -sum(p * log p), with the shares p themselves."),
+        Case((uneven * 8,), value, "A map need not sum to 1: divide it by its sum first."),
+    ]
+    return examine(function, cases, "the same number as in the figure below.")
+
+
 def scaled_share(function: Callable) -> Verdict:
     """Notebook 02: ``scaled_share(share, factor)``, one word's new share when its weight is scaled."""
     cases = [
@@ -219,6 +285,64 @@ def retention(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "what is forgotten on purpose does not count as damage.")
+
+
+def target(function: Callable) -> Verdict:
+    """Notebook 03: ``target(f_concept, f_other, eta)``, what ought to be said for the concept."""
+    concept, other = np.array([1.0, 2.0, 0.0]), np.array([0.0, 3.0, 0.0])
+    cases = [
+        Case((concept, other, 0.0), other, "At eta 0 it is the other answer, exactly."),
+        Case(
+            (concept, other, 1.0),
+            [-1.0, 4.0, 0.0],
+            "Past it: from `f_concept` to `f_other`, and on in the same direction, away from the concept.",
+        ),
+        Case((concept, other, 0.5), [-0.5, 3.5, 0.0], "Eta says how far past: here half of the way again."),
+    ]
+    return examine(function, cases, "eta 0 lands on the other answer; eta 1 goes as far again.")
+
+
+def nearest_kept(function: Callable) -> Verdict:
+    """Notebook 03: ``nearest_kept(distances, gone)``, the name of the nearest concept that stays."""
+    distances = pd.Series({"car": 0.9, "orange": 0.4, "tree": 0.7, "mushroom": 0.5})
+
+    def number(distances: pd.Series, gone: list[str]) -> float | None:
+        got = function(distances, gone)
+        return got if got is None or got is Ellipsis else float(list(distances.index).index(got))
+
+    cases = [
+        Case((distances, []), 1.0, "Return the name with the smallest distance; names stand in the index."),
+        Case((distances, ["orange"]), 3.0, "The orange is to go as well: take the nearest that stays."),
+        Case((distances, ["mushroom", "orange"]), 2.0, "Leave out *all* that is gone, then look."),
+        Case((distances, ["apple"]), 1.0, "Something gone need not be in the list: that is no mistake."),
+    ]
+    return examine(number, cases, "nothing that is to go is ever drawn instead of something else.")
+
+
+def near_and_far(function: Callable) -> Verdict:
+    """Notebook 03: ``near_and_far(before, after, forgotten, related)``, what neighbours and others lost."""
+    names = ["apple", "orange", "broccoli", "house", "star"]
+    before = pd.Series([1.0, 1.0, 0.5, 1.0, 1.0], index=names)
+
+    def after(*values: float) -> pd.Series:
+        return pd.Series(values, index=names)
+
+    near = ["orange", "broccoli"]
+    cases = [
+        Case((before, after(0, 1, 0.5, 1, 1), "apple", near), (0.0, 0.0), "Only the apple went: no damage."),
+        Case(
+            (before, after(0, 0.5, 0.5, 1, 1), "apple", near),
+            (0.25, 0.0),
+            "The neighbours lost 0.5 and 0, that is 0.25 in the mean; the others nothing.",
+        ),
+        Case(
+            (before, after(0, 1, 0.5, 0.5, 1), "apple", near),
+            (0.0, 0.25),
+            "The others are all but the forgotten one and its neighbours: here house and star.",
+        ),
+        Case((before, after(0, 0.5, 0, 1, 1), "apple", near), (0.5, 0.0), "Lost is *before less after*."),
+    ]
+    return examine(function, cases, "a mean over everything hides a single lost neighbour; this does not.")
 
 
 # ---------------------------------------------------------------------------- notebook 04

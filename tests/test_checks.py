@@ -74,7 +74,58 @@ def test_what_a_function_does_to_its_arguments_stays_with_it():
     assert values.tolist() == [1, 1]
 
 
-# Notebook 02: the cross-attention loss
+# notebooks 02 and 03: what is right, the folded solutions say
+
+
+def bright(heat, mask):
+    return heat >= np.sort(heat, axis=None)[-mask.sum()]
+
+
+def entropy(heat):
+    p = heat[heat > 0]
+    return -(p * np.log(p)).sum()
+
+
+def near_far(near, far=lambda lost, rest: lost[rest].mean()):
+    def answer(before, after, name, related):
+        lost = before - after
+        return near(lost, related, before), far(lost, list(lost.index.drop([name, *related])))
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("checker", "wrong", "hint"),
+    [
+        ("word_map", lambda maps, at: maps[0, 0, 0], "the picture maps"),
+        ("word_map", lambda maps, at: maps[:, :, at].mean(axis=(0, 1, 2)), "*add* its tokens"),
+        ("word_map", lambda maps, at: maps[:, :, at].sum(axis=(0, 1, 2)), "take the *mean*"),
+        ("word_map", lambda maps, at: maps[:, :, at[0] : at[-1] + 1].sum(2).mean((0, 1)), "just these"),
+        ("overlap", lambda heat, mask: (heat * mask).sum() / heat.sum(), "thing's three"),
+        ("overlap", lambda heat, mask: 1.0, "thing's one"),
+        ("overlap", lambda heat, mask: (bright(heat, mask) & mask).sum() / mask.sum(), "Shared by both"),
+        ("concentration", entropy, "Evenly everywhere is 0"),
+        ("concentration", lambda p: 1 - entropy(p) / np.log((p > 0).sum() + 1e-9), "number of *all*"),
+        ("concentration", lambda p: 1 - entropy(p) / np.log(p.size), "divide it by its sum"),
+        ("target", lambda concept, other, eta: concept, "At eta 0"),
+        ("target", lambda concept, other, eta: other + eta * (concept - other), "Past it"),
+        ("target", lambda concept, other, eta: other - (concept - other) * (eta > 0), "how far past"),
+        ("nearest_kept", lambda distances, gone: distances.min(), "smallest distance"),
+        ("nearest_kept", lambda distances, gone: distances.idxmin(), "nearest that stays"),
+        ("nearest_kept", lambda distances, gone: distances.drop(gone[:1]).idxmin(), "*all* that is gone"),
+        ("nearest_kept", lambda distances, gone: distances.drop(gone).idxmin(), "no mistake"),
+        ("near_and_far", lambda b, a, name, near: ((b - a)[near].mean(), (b - a).mean()), "Only the apple"),
+        ("near_and_far", near_far(lambda lost, near, _: lost[near].sum()), "in the mean"),
+        ("near_and_far", near_far(lambda lost, near, _: lost[near].mean(), lambda *_: 0.0), "house and star"),
+        ("near_and_far", near_far(lambda lost, near, b: (lost / b)[near].mean()), "less after"),
+    ],
+)
+def test_a_wrong_answer_in_02_or_03_gets_its_own_hint(checker, wrong, hint):
+    verdict = getattr(checks, checker)(wrong)
+    assert not verdict and hint in verdict.message, verdict
+
+
+# notebook 04: the cross-attention loss
 
 
 def loop(maps, targets):
@@ -126,7 +177,7 @@ def test_cross_attention_loss_wrong(wrong, hint):
     assert not verdict and hint in verdict.message
 
 
-# Notebook 02: the regularization loss
+# notebook 04: the regularization loss
 
 
 def by_name(parameters, anchor):

@@ -39,7 +39,7 @@ BOUNDS = {
     "library, lines": 5100,
     "viewer, JS and CSS": 450,
     "tests, lines": 7800,
-    "benchmarks, lines": 1250,
+    "benchmarks, lines": 1_260,
 }
 """What is there now; whoever makes something smaller lowers its bound."""
 

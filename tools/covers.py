@@ -11,6 +11,7 @@ import nbformat
 ROOT = Path(__file__).parent.parent
 COVERS = {
     "growing.png": ("01_a_picture_out_of_noise", "The large shapes come first"),
+    "instead.png": ("03_forget_one_concept", "“umbrella” is to go"),
     "minimum.png": ("04_three_losses_one_equation", "Every direction from the solution"),
 }
 

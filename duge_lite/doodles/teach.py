@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluation import Judge
-from ..gradient import Noised, training
+from ..gradient import Lessons, training
 from ..losses import prior_preservation_loss
 from ..models import Pictures, encode_prompts
 from .captions import TEMPLATES, caption, with_article
@@ -103,9 +103,8 @@ def teach_steps(
             latents, text = map(torch.cat, zip(some(new, half), some(memory, batch_size - half), strict=True))
             text[torch.rand(batch_size, generator=generator) < 0.1] = empty
             batch = Pictures(latents, text, ("",) * batch_size)
-            asked = Noised.of(batch, batch_size, scheduler, generator)
-            parts = (asked.noisy, asked.timesteps, asked.encoder_hidden_states, asked.truth)
-            noisy, timesteps, text, truth = (x.to(pipe.unet.device) for x in parts)
+            asked = Lessons.of(batch, batch_size, scheduler, generator)
+            noisy, timesteps, text, truth = (x.to(pipe.unet.device) for x in (*asked.inputs, *asked.wanted))
             loss = prior_preservation_loss(pipe.unet(noisy, timesteps, text).sample, truth)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
