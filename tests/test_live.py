@@ -105,6 +105,7 @@ def test_it_says_which_word_it_never_read(page):
     page.get_by_role("button", name="Draw", exact=True).press("Enter")
     page.get_by_text('The model never read "walrus".').wait_for(timeout=60_000)
     assert page.get_by_text("calabrese").is_visible()
+    assert page.evaluate("document.activeElement.type") == "submit", "the keyboard's place is kept"
 
 
 def test_it_forgets_what_the_library_forgets_from_the_same_states(page, pack, pipe):

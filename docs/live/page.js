@@ -160,9 +160,9 @@ function dugeHost(makeEngine, say, plain) {
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (button.disabled) return;
-    button.disabled = true;
+    if (button.getAttribute("aria-disabled") === "true") return; // not `disabled`: it would lose the focus
+    button.setAttribute("aria-disabled", "true");
     delete page.dataset.ms;
-    draw().catch((error) => tell(error.message)).finally(() => { button.disabled = false; bar.hidden = true; });
+    draw().catch((error) => tell(error.message)).finally(() => { button.setAttribute("aria-disabled", "false"); bar.hidden = true; });
   });
 })();
