@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import badges  # noqa: E402
 
+from duge_lite.viewer import explorable  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 ADDRESS = badges.repository()
 
@@ -98,8 +100,15 @@ def fold_plumbing(text: str) -> str:
 def read_source(app, docname: str, content: list[str]) -> None:
     if docname.startswith("notebooks/"):
         content[0] = fold_plumbing(content[0])
+    if docname == "docs/explorables":
+        content[0] = re.sub("<!-- explorable (.+) -->", lambda m: raw(explorable(m[1]).data), content[0])
     if docname == root_doc:
         content[0] = content[0].replace("<!-- chapters -->", chapters())
+
+
+def raw(text: str) -> str:
+    """HTML as it is; no line of it can end the fence."""
+    return f"``````{{raw}} html\n{text}\n``````"
 
 
 def anchor(term: str) -> str:
@@ -136,6 +145,13 @@ def link_terms(app, doctree, docname: str) -> None:
         link += node
 
 
+def mark_sources(app, doctree, docname: str) -> None:
+    """**The paper's:**, **Ours:** and **Others':** become badges."""
+    for node in doctree.findall(nodes.strong):
+        if match := re.fullmatch("(The papers?'s?|Ours|Others').*:", node.astext().replace("\u2019", "'")):
+            node["classes"] += ["whose", re.sub("[^a-z]", "", match[1].lower().removeprefix("the "))[:5]]
+
+
 def mathml(tex: str, display: str) -> str:
     return converter.convert(tex, display=display)
 
@@ -166,4 +182,5 @@ def setup(app) -> None:
     )
     app.connect("source-read", read_source)
     app.connect("doctree-resolved", link_terms)
+    app.connect("doctree-resolved", mark_sources)
     app.connect("build-finished", add_front_door)

@@ -235,11 +235,11 @@ def _page(kind: str, data: Mapping[str, object], without: str) -> str:
     """What is there ``without`` scripts, and the script that puts controls in its place."""
     name, ident = {"viewer": "duge", "slides": "duge-slides"}[kind], _script(data) + without
     ident = hashlib.sha256(ident.encode()).hexdigest()[:16]
-    css, js = (files(__package__).joinpath(f"{kind}.{suffix}").read_text("utf-8") for suffix in ("css", "js"))
+    names = f"{kind}.css", "element.js", f"{kind}.js"
+    css, *parts = (files(__package__).joinpath(file).read_text("utf-8") for file in names)
     given = f"const ID = {_script(ident)}, DATA = {_script(data)};\nconst CSS = {_script(css)};"
-    return (
-        f'<div data-{name}="{ident}" {OURS}>{without}</div><script>(() => {{\n{given}\n{js}\n}})();</script>'
-    )
+    js = "\n".join([given, *parts])
+    return f'<div data-{name}="{ident}" {OURS}>{without}</div><script>(() => {{\n{js}\n}})();</script>'
 
 
 def _script(value: object) -> str:

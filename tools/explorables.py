@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import duge_lite as duge
 from duge_lite import attacks, baselines
 from duge_lite.sequence import sequence_steps
+from duge_lite.viewer import Slides
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "explorables"
@@ -106,11 +110,11 @@ def draw_eta(w: Workshop) -> np.ndarray:
     return np.stack([w.kept(f"eta-{e:g}", lambda e=e: w.forgotten(Config(eta=e), look)) for e in ETAS])
 
 
-RELEARN, RELEARN_SEEDS = 20, 2
+RELEARN, RELEARN_SEEDS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20), 2
 
 
 def draw_relearn(w: Workshop) -> dict[str, np.ndarray]:
-    """Of every model (21 steps, 10 pictures, 64, 64, 3): an apple in five styles, twice."""
+    """Of every model (14 moments, 10 pictures, 64, 64, 3): an apple in five styles, twice."""
     pictures = [
         duge.doodles.draw(CONCEPT, w.card.styles[i % 5], list(duge.doodles.BACKGROUNDS)[i % 6], 10_000 + i)
         for i in range(30)
@@ -129,7 +133,8 @@ def draw_relearn(w: Workshop) -> dict[str, np.ndarray]:
             baselines.uce(pipe, CONCEPT, styled=True)
         asks = w.card.prompts(CONCEPT) * RELEARN_SEEDS
         shown = [w.draw(pipe, asks, seeds)]
-        shown += [w.draw(pipe, asks, seeds) for _ in attacks.relearn_steps(pipe, given, RELEARN)]
+        steps = attacks.relearn_steps(pipe, given, max(RELEARN))
+        shown += [w.draw(pipe, asks, seeds) for state in steps if state.step in RELEARN]
         return np.stack(shown)
 
     return {n: w.kept(f"relearn-{n}", lambda n=n: film(n)) for n in ("base", "exact", "UCE", "oracle")}
@@ -167,7 +172,7 @@ def vector(pipe) -> np.ndarray:
 
 
 def walk(w: Workshop, method: str, order: str, every: bool) -> Iterator[np.ndarray]:
-    """The pictures after each request (or the last) of one method in one order; (10 * 3, 64, 64, 3)."""
+    """The pictures after each request (or the last) of one method in one order; (8 * 2, 64, 64, 3)."""
     names, stem = ORDERS[order], f"{method}-{order.replace(' ', '-')}"
     files = [w.folder / f"{stem}-{k:02d}.npy" for k in range(1, 13)] + [w.folder / f"{stem}-weights.npy"]
     pipe = None if all(f.exists() for f in files[0 if every else 11 :]) else duge.load_pipeline()
@@ -214,18 +219,194 @@ def draw_orders(w: Workshop) -> dict:
     return draw_walks(w, list(ORDERS), ["exact", "naive"], False)
 
 
-DRAWN = {"prior": draw_prior, "eta": draw_eta, "relearn": draw_relearn}
-DRAWN |= {"timeline": draw_timeline, "orders": draw_orders}
+# ---------------------------------------------------------------------------- what is shown
+
+HEAD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark"><title>{title}</title>
+"""
+
+
+def webp(picture: np.ndarray) -> bytes:
+    Image.fromarray(picture).save(buffer := io.BytesIO(), "WEBP", quality=82, method=6)
+    return buffer.getvalue()
+
+
+def right(w: Workshop, pictures: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Whether the judge names each picture as it was asked for: the object, or the style."""
+    shown = [Image.fromarray(p) for p in pictures]
+    objects, styles = (w.judge.names(shown, known) for known in (w.card.concepts, w.card.styles))
+    saw = zip(names, objects, styles, strict=True)
+    return np.array([n == (style if n in w.card.styles else one) for n, one, style in saw])
+
+
+def words(w: Workshop, pictures: np.ndarray) -> list[str]:
+    return w.judge.names([Image.fromarray(p) for p in pictures], w.card.concepts)
+
+
+def show_prior(w: Workshop) -> Slides:
+    *drawn, _ = draw_prior(w)
+    frames, labels, found = [], [], []
+    for value, pictures in zip(PRIOR, drawn, strict=True):
+        names = [n for n in PRIOR_NAMES for _ in range(PRIOR_SEEDS)]
+        hits = right(w, pictures, names).reshape(len(PRIOR_NAMES), -1).sum(1)
+        saw = words(w, pictures)
+        rows = {}
+        for k, head in enumerate(
+            ("One noise (bars: share of six that show what was asked)", "Another noise")
+        ):
+            at = [i * PRIOR_SEEDS + k for i in range(len(PRIOR_NAMES))]
+            shares = hits / PRIOR_SEEDS if k == 0 else [None] * len(at)
+            rows[head] = [
+                (f"{names[i]} \u2192 {saw[i]}", webp(pictures[i]), s) for i, s in zip(at, shares, strict=True)
+            ]
+        frames.append(rows)
+        found.append(hits)
+        said = ", ".join(f"{n} {h} of {PRIOR_SEEDS}" for n, h in zip(PRIOR_NAMES, hits, strict=True))
+        labels.append(f"Prior weight {value:g}. The judge finds what was asked for: {said}.")
+    title = "Asked to go: the apple. " + "; ".join(
+        f"weight {v:g}: {h[0]} of {PRIOR_SEEDS} apples and {h[1]} oranges are left"
+        for v, h in ((PRIOR[0], found[0]), (1, found[PRIOR.index(1)]), (PRIOR[-1], found[-1]))
+    )
+    return Slides(frames, labels, title, {"Weight of the prior loss": PRIOR}, PRIOR.index(1.0))
+
+
+def show_eta(w: Workshop) -> Slides:
+    drawn, frames, labels = draw_eta(w), [], []
+    left = np.zeros(drawn.shape[:2], int)
+    for e, eta in enumerate(ETAS):
+        for g, guidance in enumerate(GUIDANCE):
+            saw, hits = words(w, drawn[e, g]), right(w, drawn[e, g], ETA_NAMES)
+            tiles = [(s, webp(p), None) for s, p in zip(saw, drawn[e, g], strict=True)]
+            frames.append(
+                {"asked for an apple, three noises": tiles[:3], "asked for an orange, an umbrella": tiles[3:]}
+            )
+            left[e, g] = hits[:3].sum()
+            text = f"\u03b7 = {eta:g}, guidance {guidance:g}: the judge sees an apple in {left[e, g]} of 3"
+            labels.append(f"{text}; of the orange and the umbrella {hits[3:].sum()} of 2 stay.")
+    title = f"Apples left of {3 * len(GUIDANCE)}, over all guidances: " + ", ".join(
+        f"{n} at \u03b7 = {e:g}" for e, n in zip(ETAS, left.sum(1), strict=True)
+    )
+    controls = {"\u03b7 (eta): how far past": ETAS, "Guidance": GUIDANCE}
+    return Slides(frames, labels, title, controls, ETAS.index(0.5) * len(GUIDANCE) + GUIDANCE.index(4.0))
+
+
+def show_relearn(w: Workshop) -> Slides:
+    films, frames, labels, many = draw_relearn(w), [], [], 5 * RELEARN_SEEDS
+    seen = {
+        n: [w.judge.sees([Image.fromarray(p) for p in pictures], CONCEPT) for pictures in film]
+        for n, film in films.items()
+    }
+    for k, step in enumerate(RELEARN):
+        rows = {}
+        for name, film in films.items():
+            yes = seen[name][k]
+            rows[f"{name}: {yes.sum()} of {many}"] = [
+                ("apple" if y else "no apple", webp(p), None)
+                for p, y in zip(film[k][:5], yes[:5], strict=True)
+            ]
+        frames.append(rows)
+        said = ", ".join(f"{n} {seen[n][k].sum()}" for n in films)
+        labels.append(
+            f"After {step} steps on thirty apples the judge sees an apple in so many of {many}: {said}."
+        )
+    told = []
+    for name in films.keys() - {"base"}:
+        half = [step for step, yes in zip(RELEARN, seen[name], strict=True) if yes.mean() >= 0.5]
+        told.append(f"{name} {half[0] if half else 'not in ' + str(RELEARN[-1])}")
+    title = f"Steps of relearning until half of the pictures show an apple: {', '.join(sorted(told))}"
+    return Slides(frames, labels, title, {"Steps of relearning": RELEARN})
+
+
+KINDS = {"exact": "exact", "attention loss alone": "naive", "UCE": "UCE"}
+
+
+def tiles(pictures: np.ndarray, hits: np.ndarray, which: Sequence[str]) -> list[tuple]:
+    """A picture of each watched concept that is among ``which``, with the judge's count."""
+    counts = hits.reshape(len(WATCHED), -1).sum(1)
+    return [
+        (f"{n}: {counts[i]} of {WATCHED_SEEDS}", webp(pictures[i * WATCHED_SEEDS]), counts[i] / WATCHED_SEEDS)
+        for i, n in enumerate(WATCHED) if n in which
+    ]  # fmt: skip
+
+
+def show_timeline(w: Workshop) -> Slides:
+    drawn, frames, labels = draw_timeline(w), [], []
+    names, base = np.repeat(WATCHED, WATCHED_SEEDS), w.kept("watched-base", lambda: np.zeros(0))
+    ends = {}
+    for kind, method in KINDS.items():
+        for order in list(ORDERS)[:2]:
+            for k, pictures in enumerate([base, *drawn[method, order]]):
+                gone = ORDERS[order][:k]
+                hits, went = right(w, pictures, names), np.isin(names, gone)
+                rows = {"to stay (full bars are wished)": [c for c in WATCHED if c not in gone]}
+                rows = {
+                    "asked to go by now (empty bars are wished)": [c for c in WATCHED if c in gone]
+                } | rows
+                frames.append({head: tiles(pictures, hits, some) for head, some in rows.items() if some})
+                ends[kind, order] = (
+                    int(hits[went].sum()),
+                    int(hits[~went].sum()),
+                    int(went.sum()),
+                    int((~went).sum()),
+                )
+                left, kept, m, n = ends[kind, order]
+                text = (
+                    f"after {k} requests, the last \u201c{gone[-1]}\u201d: "
+                    if k
+                    else "nothing was asked to go yet: "
+                )
+                text += f"{left} of {m} pictures show what was to go, " if m else ""
+                labels.append(
+                    f"{kind[0].upper()}{kind[1:]}, {order}, {text}{kept} of {n} show what was to stay."
+                )
+    title = "After twelve requests, kept of what was to stay: "
+    title += ", ".join(
+        f"{kind} {e[1]} of {e[3]}" for (kind, order), e in ends.items() if order == "as listed"
+    )
+    controls = {"Method": tuple(KINDS), "Order": tuple(ORDERS)[:2], "Requests": range(13)}
+    return Slides(frames, labels, title, controls)
+
+
+def show_orders(w: Workshop) -> Slides:
+    drawn, frames, labels = draw_orders(w), [], []
+    base, names = w.kept("weights-base", lambda: np.zeros(0)), np.repeat(WATCHED, WATCHED_SEEDS)
+    far: dict[str, list[float]] = {"exact": [], "naive": []}
+    for order, listed in ORDERS.items():
+        rows = {}
+        for kind, method in list(KINDS.items())[:2]:
+            first, now = (
+                np.load(w.folder / f"{method}-{o.replace(' ', '-')}-weights.npy")
+                for o in ("as listed", order)
+            )
+            far[method].append(float(np.linalg.norm(now - first) / np.linalg.norm(first - base)))
+            pictures = drawn[method, order][-1]
+            head = f"{kind}: weights {far[method][-1]:.1%} of the way away from those of the first order"
+            rows[head] = tiles(pictures, right(w, pictures, names), WATCHED)
+        frames.append(rows)
+        labels.append(f"{order[0].upper()}{order[1:]}: {', '.join(listed)}.")
+    title = f"Twelve requests, {len(ORDERS)} orders: weights that differ by {max(far['exact']):.1g} of their way from the "
+    title += f"base (exact), and by {max(far['naive']):.0%} (attention loss alone)"
+    return Slides(frames, labels, title, {"Order of the requests": tuple(ORDERS)})
+
+
+SHOWN = {"timeline": show_timeline, "eta": show_eta, "prior": show_prior, "orders": show_orders}
+SHOWN |= {"relearn": show_relearn}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(DRAWN), choices=list(DRAWN))
+    parser.add_argument("--only", nargs="*", default=list(SHOWN), choices=list(SHOWN))
     parser.add_argument("--minutes", type=float, default=1e9)
     args = parser.parse_args()
     w = Workshop(args.minutes)
+    PAGES.mkdir(exist_ok=True)
     for name in args.only:
-        DRAWN[name](w)
+        slides = SHOWN[name](w)
+        title = re.search("<b>(.*?)</b>", slides.data)[1]
+        path = PAGES / f"{name}.html"
+        path.write_text(HEAD.format(title=title) + slides.data + "\n", "utf-8")
+        print(f"{path.name}, {path.stat().st_size} bytes: {title}")
 
 
 if __name__ == "__main__":
