@@ -84,7 +84,7 @@ class Workshop:
 
 # ---------------------------------------------------------------------------- what is drawn
 
-PRIOR = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
+PRIOR = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 PRIOR_NAMES, PRIOR_SEEDS = ("apple", "orange", "umbrella", "goldfish"), 6
 ETAS, GUIDANCE = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
 ETA_NAMES = ("apple", "apple", "apple", "orange", "umbrella")
@@ -264,8 +264,8 @@ def show_prior(w: Workshop) -> Slides:
         found.append(hits)
         said = ", ".join(f"{n} {h} of {PRIOR_SEEDS}" for n, h in zip(PRIOR_NAMES, hits, strict=True))
         labels.append(f"Prior weight {value:g}. The judge finds what was asked for: {said}.")
-    title = "Asked to go: the apple. " + "; ".join(
-        f"weight {v:g}: {h[0]} of {PRIOR_SEEDS} apples and {h[1]} oranges are left"
+    title = "The apple is asked to go. " + "; ".join(
+        f"weight {v:g}: {h[0]} of {PRIOR_SEEDS} apples are left, and {h[1:].sum()} of {3 * PRIOR_SEEDS} other things"
         for v, h in ((PRIOR[0], found[0]), (1, found[PRIOR.index(1)]), (PRIOR[-1], found[-1]))
     )
     return Slides(frames, labels, title, {"Weight of the prior loss": PRIOR}, PRIOR.index(1.0))
@@ -385,8 +385,10 @@ def show_orders(w: Workshop) -> Slides:
             rows[head] = tiles(pictures, right(w, pictures, names), WATCHED)
         frames.append(rows)
         labels.append(f"{order[0].upper()}{order[1:]}: {', '.join(listed)}.")
-    title = f"Twelve requests, {len(ORDERS)} orders: weights that differ by {max(far['exact']):.1g} of their way from the "
-    title += f"base (exact), and by {max(far['naive']):.0%} (attention loss alone)"
+    title = (
+        f"Twelve requests, {len(ORDERS)} orders: weights differ by {max(far['exact']):.1g} of their way from "
+    )
+    title += f"the base (exact), and by {max(far['naive']):.0%} (attention loss alone)"
     return Slides(frames, labels, title, {"Order of the requests": tuple(ORDERS)})
 
 
