@@ -264,10 +264,9 @@ def show_prior(w: Workshop) -> Slides:
         found.append(hits)
         said = ", ".join(f"{n} {h} of {PRIOR_SEEDS}" for n, h in zip(PRIOR_NAMES, hits, strict=True))
         labels.append(f"Prior weight {value:g}. The judge finds what was asked for: {said}.")
-    title = "The apple is asked to go. " + "; ".join(
-        f"weight {v:g}: {h[0]} of {PRIOR_SEEDS} apples are left, and {h[1:].sum()} of {3 * PRIOR_SEEDS} other things"
-        for v, h in ((PRIOR[0], found[0]), (1, found[PRIOR.index(1)]), (PRIOR[-1], found[-1]))
-    )
+    lost, left = 3 * PRIOR_SEEDS - found[0][1:].sum(), found[-1][0]
+    title = f"The apple is to go. At weight {PRIOR[0]:g} it takes {lost} of {3 * PRIOR_SEEDS} other things along; "
+    title += f"at {PRIOR[-1]:g}, {left} of {PRIOR_SEEDS} apples stay"
     return Slides(frames, labels, title, {"Weight of the prior loss": PRIOR}, PRIOR.index(1.0))
 
 
