@@ -264,8 +264,9 @@ def show_prior(w: Workshop) -> Slides:
         found.append(hits)
         said = ", ".join(f"{n} {h} of {PRIOR_SEEDS}" for n, h in zip(PRIOR_NAMES, hits, strict=True))
         labels.append(f"Prior weight {value:g}. The judge finds what was asked for: {said}.")
-    lost, left = 3 * PRIOR_SEEDS - found[0][1:].sum(), found[-1][0]
-    title = f"The apple is to go. At weight {PRIOR[0]:g} it takes {lost} of {3 * PRIOR_SEEDS} other things along; "
+    many, left = 3 * PRIOR_SEEDS, found[-1][0]
+    lost = many - found[0][1:].sum()
+    title = f"The apple is to go. At weight {PRIOR[0]:g} it takes {lost} of {many} other things along; "
     title += f"at {PRIOR[-1]:g}, {left} of {PRIOR_SEEDS} apples stay"
     return Slides(frames, labels, title, {"Weight of the prior loss": PRIOR}, PRIOR.index(1.0))
 
