@@ -16,6 +16,7 @@ import hashlib
 import io
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -273,19 +274,22 @@ def show_prior(w: Workshop) -> Slides:
 
 def show_eta(w: Workshop) -> Slides:
     drawn, frames, labels = draw_eta(w), [], []
-    left = np.zeros(drawn.shape[:2], int)
-    for e, eta in enumerate(ETAS):
-        for g, guidance in enumerate(GUIDANCE):
-            saw, hits = words(w, drawn[e, g]), right(w, drawn[e, g], ETA_NAMES)
-            tiles = [(s, webp(p), None) for s, p in zip(saw, drawn[e, g], strict=True)]
-            frames.append(
-                {"asked for an apple, three noises": tiles[:3], "asked for an orange, an umbrella": tiles[3:]}
-            )
-            left[e, g] = hits[:3].sum()
-            text = f"\u03b7 = {eta:g}, guidance {guidance:g}: the judge sees an apple in {left[e, g]} of 3"
-            labels.append(f"{text}; of the orange and the umbrella {hits[3:].sum()} of 2 stay.")
-    title = f"Apples left of {3 * len(GUIDANCE)}, over all guidances: " + ", ".join(
-        f"{n} at \u03b7 = {e:g}" for e, n in zip(ETAS, left.sum(1), strict=True)
+    found = {eta: Counter() for eta in ETAS}
+    for e, g in np.ndindex(len(ETAS), len(GUIDANCE)):
+        saw, hits = words(w, drawn[e, g]), right(w, drawn[e, g], ETA_NAMES)
+        tiles = [(s, webp(p), None) for s, p in zip(saw, drawn[e, g], strict=True)]
+        frames.append(
+            {"asked for an apple, three noises": tiles[:3], "asked for an orange, an umbrella": tiles[3:]}
+        )
+        found[ETAS[e]].update(saw[:3])
+        text = (
+            f"\u03b7 = {ETAS[e]:g}, guidance {GUIDANCE[g]:g}. An apple asked for, seen: {', '.join(saw[:3])}."
+        )
+        labels.append(f"{text} Of the orange and the umbrella {hits[3:].sum()} of 2 stay.")
+    many = 3 * len(GUIDANCE)
+    title = f"An apple asked for {many} times, at all guidances: " + "; ".join(
+        f"\u03b7 = {e:g}, " + ", ".join(f"{n} {word}" for word, n in found[e].most_common())
+        for e in (0.0, 1.0, 4.0)
     )
     controls = {"\u03b7 (eta): how far past": ETAS, "Guidance": GUIDANCE}
     return Slides(frames, labels, title, controls, ETAS.index(0.5) * len(GUIDANCE) + GUIDANCE.index(4.0))
