@@ -84,9 +84,13 @@ class Slides(HTML):
             for f in frames
         ]
         first = np.unravel_index(start, [len(values) for values in controls.values()])
+
+        def said(value: str | float) -> str:
+            return value if isinstance(value, str) else np.format_float_positional(value, trim="-")
+
         told = [
             {"name": name, "words": isinstance(values[0], str), "start": int(k),
-             "values": [v if isinstance(v, str) else "" if alone else f"{v:g}" for v in values]}
+             "values": ["" if alone else said(v) for v in values]}
             for (name, values), k in zip(controls.items(), first, strict=True)
         ]  # fmt: skip
         data = {

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import io
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,9 @@ from PIL import Image
 
 import duge_lite as duge
 from duge_lite import attacks, baselines
+from duge_lite.evaluation import OTHER
 from duge_lite.sequence import sequence_steps
+from duge_lite.solver import BOOK, cross_attention_weights
 from duge_lite.viewer import Slides
 
 ROOT = Path(__file__).parent.parent
@@ -162,26 +165,29 @@ ALONE = {"lambda_prior": 0.0, "lambda_regularization": 0.0, "revisit": 0.0}  # t
 NAIVE = Config(
     solver="gradient", instead="nameless", eta=0.5, iterations=20, memory_size=4, memory_batch_size=1, **ALONE
 )
+SHOWN_AFTER = (1, 2, 3, 4, 6, 8, 10, 12)
 METHODS = {"exact": Config(), "naive": NAIVE, "UCE": None}
 
 
 def vector(pipe) -> np.ndarray:
     """All cross-attention weights in a row."""
-    from duge_lite.solver import cross_attention_weights
-
     return np.concatenate([p.detach().flatten().numpy() for p in cross_attention_weights(pipe.unet).values()])
 
 
 def walk(w: Workshop, method: str, order: str, every: bool) -> Iterator[np.ndarray]:
-    """The pictures after each request (or the last) of one method in one order; (8 * 2, 64, 64, 3)."""
-    names, stem = ORDERS[order], f"{method}-{order.replace(' ', '-')}"
-    files = [w.folder / f"{stem}-{k:02d}.npy" for k in range(1, 13)] + [w.folder / f"{stem}-weights.npy"]
-    pipe = None if all(f.exists() for f in files[0 if every else 11 :]) else duge.load_pipeline()
-    steps = iter(())
-    if pipe is not None and METHODS[method] is not None:
-        steps = sequence_steps(pipe, names, METHODS[method], w.folder / stem, progress=False)
+    """The pictures after requests (some, or the last) of one method in one order; (8 * 2, 64, 64, 3)."""
+    names, stem, solved = ORDERS[order], f"{method}-{order.replace(' ', '-')}", METHODS[method] is not None
+    files = [f"{k:02d}" for k in (SHOWN_AFTER if every else [12])] + ["weights"] * solved
+    pipe, steps = None, iter(())
+    if not all((w.folder / f"{stem}-{f}.npy").exists() for f in files):
+        pipe = duge.load_pipeline()
+        if method == "exact" and not (w.folder / stem).exists() and (w.folder / BOOK).exists():
+            (w.folder / stem).mkdir()
+            shutil.copy(w.folder / BOOK, w.folder / stem)  # what was drawn for the other explorables
+        if solved:
+            steps = sequence_steps(pipe, names, METHODS[method], w.folder / stem, progress=False)
     for k in range(1, 13):
-        if pipe is not None and METHODS[method] is not None:
+        if pipe is not None and solved:
             if time.monotonic() > w.end:
                 raise SystemExit(f"time is up before {stem} {k}: run me again")
             started = time.process_time()
@@ -192,17 +198,17 @@ def walk(w: Workshop, method: str, order: str, every: bool) -> Iterator[np.ndarr
             )
 
         def look(k: int = k) -> np.ndarray:
-            if METHODS[method] is None:
+            if not solved:
                 kept = [c for c in w.card.forgettable if c not in names[:k]]
                 run = baselines.uce(pipe, list(names[:k]), preserve=kept, styled=True)
             shown = w.look(pipe, WATCHED, WATCHED_SEEDS)
-            if METHODS[method] is None:
+            if not solved:
                 run.restore()
             return shown
 
-        if every or k == 12:
+        if k == 12 or (every and k in SHOWN_AFTER):
             yield w.kept(f"{stem}-{k:02d}", look)
-    if METHODS[method] is not None:
+    if solved:
         w.kept(f"{stem}-weights", lambda: vector(pipe))
 
 
@@ -286,11 +292,9 @@ def show_eta(w: Workshop) -> Slides:
             f"\u03b7 = {ETAS[e]:g}, guidance {GUIDANCE[g]:g}. An apple asked for, seen: {', '.join(saw[:3])}."
         )
         labels.append(f"{text} Of the orange and the umbrella {hits[3:].sum()} of 2 stay.")
-    many = 3 * len(GUIDANCE)
-    title = f"An apple asked for {many} times, at all guidances: " + "; ".join(
-        f"\u03b7 = {e:g}, " + ", ".join(f"{n} {word}" for word, n in found[e].most_common())
-        for e in (0.0, 1.0, 4.0)
-    )
+    first, one, last = (found[e] for e in (0.0, 1.0, 4.0))
+    title = f"Of {3 * len(GUIDANCE)} apples asked for, {first[CONCEPT]} come at \u03b7 = 0, {one[CONCEPT]} at \u03b7 = 1; "
+    title += f"at \u03b7 = 4, {last[OTHER]} pictures show nothing that the judge knows"
     controls = {"\u03b7 (eta): how far past": ETAS, "Guidance": GUIDANCE}
     return Slides(frames, labels, title, controls, ETAS.index(0.5) * len(GUIDANCE) + GUIDANCE.index(4.0))
 
@@ -340,7 +344,7 @@ def show_timeline(w: Workshop) -> Slides:
     ends = {}
     for kind, method in KINDS.items():
         for order in list(ORDERS)[:2]:
-            for k, pictures in enumerate([base, *drawn[method, order]]):
+            for k, pictures in zip((0, *SHOWN_AFTER), [base, *drawn[method, order]], strict=True):
                 gone = ORDERS[order][:k]
                 hits, went = right(w, pictures, names), np.isin(names, gone)
                 rows = {"to stay (full bars are wished)": [c for c in WATCHED if c not in gone]}
@@ -368,7 +372,7 @@ def show_timeline(w: Workshop) -> Slides:
     title += ", ".join(
         f"{kind} {e[1]} of {e[3]}" for (kind, order), e in ends.items() if order == "as listed"
     )
-    controls = {"Method": tuple(KINDS), "Order": tuple(ORDERS)[:2], "Requests": range(13)}
+    controls = {"Method": tuple(KINDS), "Order": tuple(ORDERS)[:2], "Requests": (0, *SHOWN_AFTER)}
     return Slides(frames, labels, title, controls)
 
 
