@@ -265,7 +265,7 @@ def show_prior(w: Workshop) -> Slides:
             at = [i * PRIOR_SEEDS + k for i in range(len(PRIOR_NAMES))]
             shares = hits / PRIOR_SEEDS if k == 0 else [None] * len(at)
             rows[head] = [
-                (f"{names[i]} \u2192 {saw[i]}", webp(pictures[i]), s) for i, s in zip(at, shares, strict=True)
+                (f"{names[i]} → {saw[i]}", webp(pictures[i]), s) for i, s in zip(at, shares, strict=True)
             ]
         frames.append(rows)
         found.append(hits)
@@ -288,14 +288,14 @@ def show_eta(w: Workshop) -> Slides:
             {"asked for an apple, three noises": tiles[:3], "asked for an orange, an umbrella": tiles[3:]}
         )
         found[ETAS[e]].update(saw[:3])
-        text = (
-            f"\u03b7 = {ETAS[e]:g}, guidance {GUIDANCE[g]:g}. An apple asked for, seen: {', '.join(saw[:3])}."
-        )
+        text = f"η = {ETAS[e]:g}, guidance {GUIDANCE[g]:g}. An apple asked for, seen: {', '.join(saw[:3])}."
         labels.append(f"{text} Of the orange and the umbrella {hits[3:].sum()} of 2 stay.")
     first, one, last = (found[e] for e in (0.0, 1.0, 4.0))
-    title = f"Of {3 * len(GUIDANCE)} apples asked for, {first[CONCEPT]} come at \u03b7 = 0, {one[CONCEPT]} at \u03b7 = 1; "
-    title += f"at \u03b7 = 4, {last[OTHER]} pictures show nothing that the judge knows"
-    controls = {"\u03b7 (eta): how far past": ETAS, "Guidance": GUIDANCE}
+    title = (
+        f"Of {3 * len(GUIDANCE)} apples asked for, {first[CONCEPT]} come at η = 0, {one[CONCEPT]} at η = 1; "
+    )
+    title += f"at η = 4, {last[OTHER]} pictures show nothing that the judge knows"
+    controls = {"η (eta): how far past": ETAS, "Guidance": GUIDANCE}
     return Slides(frames, labels, title, controls, ETAS.index(0.5) * len(GUIDANCE) + GUIDANCE.index(4.0))
 
 
@@ -360,9 +360,7 @@ def show_timeline(w: Workshop) -> Slides:
                 )
                 left, kept, m, n = ends[kind, order]
                 text = (
-                    f"after {k} requests, the last \u201c{gone[-1]}\u201d: "
-                    if k
-                    else "nothing was asked to go yet: "
+                    f"after {k} requests, the last “{gone[-1]}”: " if k else "nothing was asked to go yet: "
                 )
                 text += f"{left} of {m} pictures show what was to go, " if m else ""
                 labels.append(
