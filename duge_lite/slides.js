@@ -26,7 +26,7 @@ for (const host of document.querySelectorAll(`[data-duge-slides="${ID}"]`)) {
       input.setAttribute("aria-valuetext", values[at[i]] || said.textContent); // a slider alone tells its whole sentence
     };
     input.oninput();
-    return el("label", { className: "row" }, title, input, value);
+    return el("label", { className: "row" }, title, value, input);
   });
   draw();
   host.attachShadow({ mode: "open" }).append(el("style", { textContent: CSS }), el("section", { "aria-label": DATA.title },

@@ -265,15 +265,16 @@ def show_prior(w: Workshop) -> Slides:
             at = [i * PRIOR_SEEDS + k for i in range(len(PRIOR_NAMES))]
             shares = hits / PRIOR_SEEDS if k == 0 else [None] * len(at)
             rows[head] = [
-                (f"{names[i]} → {saw[i]}", webp(pictures[i]), s) for i, s in zip(at, shares, strict=True)
+                (saw[i] if saw[i] == names[i] else f"{names[i]} → {saw[i]}", webp(pictures[i]), s)
+                for i, s in zip(at, shares, strict=True)
             ]
         frames.append(rows)
         found.append(hits)
         said = ", ".join(f"{n} {h} of {PRIOR_SEEDS}" for n, h in zip(PRIOR_NAMES, hits, strict=True))
-        labels.append(f"Prior weight {value:g}. The judge finds what was asked for: {said}.")
+        labels.append(f"The judge finds what was asked for: {said}.")
     many, left = 3 * PRIOR_SEEDS, found[-1][0]
     lost = many - found[0][1:].sum()
-    title = f"The apple is to go. At weight {PRIOR[0]:g} it takes {lost} of {many} other things along; "
+    title = f"The apple is to go. At weight {PRIOR[0]:f} it takes {lost} of {many} other things along; "
     title += f"at {PRIOR[-1]:g}, {left} of {PRIOR_SEEDS} apples stay"
     return Slides(frames, labels, title, {"Weight of the prior loss": PRIOR}, PRIOR.index(1.0))
 
