@@ -234,6 +234,10 @@ HEAD = """<!doctype html>
 """
 
 
+def plain(number: float) -> str:
+    return np.format_float_positional(number, trim="-")
+
+
 def webp(picture: np.ndarray) -> bytes:
     Image.fromarray(picture).save(buffer := io.BytesIO(), "WEBP", quality=82, method=6)
     return buffer.getvalue()
@@ -271,11 +275,11 @@ def show_prior(w: Workshop) -> Slides:
         frames.append(rows)
         found.append(hits)
         said = ", ".join(f"{n} {h} of {PRIOR_SEEDS}" for n, h in zip(PRIOR_NAMES, hits, strict=True))
-        labels.append(f"The judge finds what was asked for: {said}.")
+        labels.append(f"Weight {plain(value)}: the judge finds what was asked for, {said}.")
     many, left = 3 * PRIOR_SEEDS, found[-1][0]
     lost = many - found[0][1:].sum()
-    title = f"The apple is to go. At weight {PRIOR[0]:f} it takes {lost} of {many} other things along; "
-    title += f"at {PRIOR[-1]:g}, {left} of {PRIOR_SEEDS} apples stay"
+    title = f"The apple is to go. At weight {plain(PRIOR[0])} it takes {lost} of {many} other things along; "
+    title += f"at {plain(PRIOR[-1])}, {left} of {PRIOR_SEEDS} apples stay"
     return Slides(frames, labels, title, {"Weight of the prior loss": PRIOR}, PRIOR.index(1.0))
 
 
