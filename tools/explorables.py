@@ -324,8 +324,8 @@ def show_relearn(w: Workshop) -> Slides:
             f"After {step} steps on thirty apples the judge sees an apple in so many of {many}: {said}."
         )
     last = {name: yes[-1].sum() for name, yes in seen.items()}
-    title = f"After {RELEARN[-1]} steps on apples they are back in {last['exact']} of {many} pictures (exact) and in "
-    title += f"{last['UCE']} (UCE); of the oracle's, {last['oracle']} show one"
+    title = f"After {RELEARN[-1]} steps on apples they are back: exact {last['exact']} of {many} pictures, "
+    title += f"UCE {last['UCE']}; the oracle, which never saw one, {last['oracle']}"
     return Slides(frames, labels, title, {"Steps of relearning": RELEARN})
 
 
