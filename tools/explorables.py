@@ -165,7 +165,7 @@ ALONE = {"lambda_prior": 0.0, "lambda_regularization": 0.0, "revisit": 0.0}  # t
 NAIVE = Config(
     solver="gradient", instead="nameless", eta=0.5, iterations=20, memory_size=4, memory_batch_size=1, **ALONE
 )
-SHOWN_AFTER = (1, 2, 3, 4, 6, 8, 10, 12)
+SHOWN_AFTER = (1, 2, 4, 6, 9, 12)
 METHODS = {"exact": Config(), "naive": NAIVE, "UCE": None}
 
 
