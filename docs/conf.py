@@ -36,6 +36,8 @@ exclude_patterns = [".*", "build", "dist", "runs", "**/.ipynb_checkpoints"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
+nb_output_stderr = "remove"  # warnings of other people's packages
+nb_render_markdown_format = "myst"  # with tables
 nb_mime_priority_overrides = [("html", "text/html", 0)]
 autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": "set"}
 autodoc_typehints = "none"  # docstrings say shapes and units
@@ -153,7 +155,9 @@ def mark_sources(app, doctree, docname: str) -> None:
 
 
 def mathml(tex: str, display: str) -> str:
-    return converter.convert(tex, display=display)
+    text = converter.convert(tex, display=display)
+    # what stands over an arrow: browsers know no mpadded that adds to a width
+    return re.sub("<mpadded[^>]*>(.*?)<mspace[^>]*/></mpadded>", r'<mrow class="over">\1</mrow>', text)
 
 
 def inline_math(writer, node) -> None:
