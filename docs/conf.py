@@ -64,7 +64,7 @@ def first_page(notebook: Path) -> tuple[str, str, str, str]:
     """Title, question, picture (with its alternative text) and minutes of a chapter, from its first cell."""
     text = "".join(json.loads(notebook.read_text("utf-8"))["cells"][0]["source"])
     title = re.search(r"^# (.+)$", text, re.M)[1]
-    question = re.search(r"^\*([^*]+)\*$", text, re.M)
+    question = re.search(r"^\*([^*\n](?:.|\n(?!\n))+?)\*$", text, re.M)
     picture = re.search(r"!\[.*?\]\(.*?\)", text)
     minutes = re.search(r"^\| \*\*Time(?: to run)?\*\* \| (.+?)(;.*)? \|$", text, re.M)
     found = ((question, 1), (picture, 0), (minutes, 1))
