@@ -75,6 +75,8 @@ def test_plumbing_is_folded_and_the_size_is_kept(book, pages):
         folded = pages[path].select("details.hide")
         assert any("%pip install" in cell.text for cell in folded), path.name
         assert not pages[path].select("details[open]"), path.name
+        assert "|---" not in pages[path].text, f"{path.name}: a table of an output is drawn as one"
+        assert pages[path].select("strong.whose.ours"), path.name
     assert sum(path.stat().st_size for path in book.rglob("*") if path.is_file()) <= 25_000_000
 
 
