@@ -353,7 +353,9 @@ def show_timeline(w: Workshop) -> Slides:
                 )
                 left, kept, m, n = ends[kind, order]
                 text = (
-                    f"after {k} requests, the last “{gone[-1]}”: " if k else "nothing was asked to go yet: "
+                    f"after {k} request{'s' * (k > 1)}, the last “{gone[-1]}”: "
+                    if k
+                    else "nothing was asked to go yet: "
                 )
                 text += f"{left} of {m} pictures show what was to go, " if m else ""
                 labels.append(
