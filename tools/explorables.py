@@ -382,14 +382,14 @@ def show_orders(w: Workshop) -> Slides:
             )
             far[method].append(float(np.linalg.norm(now - first) / np.linalg.norm(first - base)))
             pictures = drawn[method, order][-1]
-            head = f"{kind}: weights {far[method][-1]:.1%} of the way away from those of the first order"
+            head = (
+                f"{kind}: {far[method][-1]:.0%} of the way from the base away from the first order's weights"
+            )
             rows[head] = tiles(pictures, right(w, pictures, names), WATCHED)
         frames.append(rows)
         labels.append(f"{order[0].upper()}{order[1:]}: {', '.join(listed)}.")
-    title = (
-        f"Twelve requests, {len(ORDERS)} orders: weights differ by {max(far['exact']):.1g} of their way from "
-    )
-    title += f"the base (exact), and by {max(far['naive']):.0%} (attention loss alone)"
+    title = f"Twelve requests in {len(ORDERS)} orders: the exact solver's weights differ by {max(far['exact']):.1g}, "
+    title += f"those of the attention loss alone by up to {max(far['naive']):.0%} of their way"
     return Slides(frames, labels, title, {"Order of the requests": tuple(ORDERS)})
 
 
