@@ -388,7 +388,7 @@ def show_orders(w: Workshop) -> Slides:
             rows[head] = tiles(pictures, right(w, pictures, names), WATCHED)
         frames.append(rows)
         labels.append(f"{order[0].upper()}{order[1:]}: {', '.join(listed)}.")
-    title = f"Twelve requests in {len(ORDERS)} orders: the exact solver's weights differ by {max(far['exact']):.1g}, "
+    title = f"Twelve requests in {len(ORDERS)} orders: exact weights differ by {max(far['exact']):.1g}, "
     title += f"those of the attention loss alone by up to {max(far['naive']):.0%} of their way"
     return Slides(frames, labels, title, {"Order of the requests": tuple(ORDERS)})
 
