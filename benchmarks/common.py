@@ -30,6 +30,8 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = 10
 BASE, ORACLE = "base", "oracle"
 OURS, GRADIENT = "ours (DUGE's losses, solved)", "DUGE's losses, by gradient"
+BEST = (GRADIENT, "ESD-x, prior 1", "concept ablation, nearest")
+"""Of each method that learns by gradient the row that runs on every target; other rows run on the apple."""
 
 
 @dataclass(frozen=True)

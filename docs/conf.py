@@ -14,8 +14,9 @@ from docutils import nodes
 from latex2mathml import converter
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "docs" / "live")]
 import badges  # noqa: E402
+import pack  # noqa: E402
 
 from duge_lite.viewer import explorable  # noqa: E402
 
@@ -106,6 +107,8 @@ def read_source(app, docname: str, content: list[str]) -> None:
         content[0] = re.sub("<!-- explorable (.+) -->", lambda m: raw(explorable(m[1]).data), content[0])
     if docname == root_doc:
         content[0] = content[0].replace("<!-- chapters -->", chapters())
+    if docname == "docs/live":
+        content[0] = pack.fill(content[0])
 
 
 def raw(text: str) -> str:
@@ -179,6 +182,12 @@ def add_front_door(app, exception) -> None:
         (Path(app.outdir) / "index.html").write_text(page, "utf-8")
 
 
+def add_live_page(app, exception) -> None:
+    """The model and the program of docs/live.md, beside it."""
+    if exception is None and app.builder.format == "html":
+        pack.write(Path(app.outdir) / "docs" / "live")
+
+
 def setup(app) -> None:
     app.duge_glossary = glossary()
     app.add_html_math_renderer(
@@ -188,3 +197,4 @@ def setup(app) -> None:
     app.connect("doctree-resolved", link_terms)
     app.connect("doctree-resolved", mark_sources)
     app.connect("build-finished", add_front_door)
+    app.connect("build-finished", add_live_page)

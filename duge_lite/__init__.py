@@ -21,7 +21,7 @@ from . import checks, doodles, errors, losses  # noqa: E402
 from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
 from .concepts import Concept, ModelCard, model_card  # noqa: E402
 from .config import UnlearnConfig  # noqa: E402
-from .evaluation import Judge, evaluate  # noqa: E402
+from .evaluation import ClipJudge, Judge, evaluate  # noqa: E402
 from .models import data_dir, is_main, load_oracle, load_pipeline, results_dir, sample  # noqa: E402
 from .sequence import UnlearningSequence, unlearn_sequence  # noqa: E402
 from .unlearning import UnlearningRun, unlearn, unlearn_steps  # noqa: E402
@@ -29,10 +29,10 @@ from .viewer import compare  # noqa: E402
 
 __version__ = "0.2.0"
 __all__ = [
-    "AttentionTrace", "Concept", "Judge", "ModelCard", "UnlearnConfig", "UnlearningRun", "UnlearningSequence",
-    "checks", "compare", "data_dir", "doodles", "edit_attention", "errors", "evaluate", "is_main",
-    "load_oracle", "load_pipeline", "losses", "model_card", "record_attention", "results_dir", "sample",
-    "trace", "unlearn", "unlearn_sequence", "unlearn_steps",
+    "AttentionTrace", "ClipJudge", "Concept", "Judge", "ModelCard", "UnlearnConfig", "UnlearningRun",
+    "UnlearningSequence", "checks", "compare", "data_dir", "doodles", "edit_attention", "errors", "evaluate",
+    "is_main", "load_oracle", "load_pipeline", "losses", "model_card", "record_attention", "results_dir",
+    "sample", "trace", "unlearn", "unlearn_sequence", "unlearn_steps",
 ]  # fmt: skip
 
 

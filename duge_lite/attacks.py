@@ -17,21 +17,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from diffusers import (
-    AutoPipelineForImage2Image,
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from .concepts import model_card
 from .doodles import captions
 from .errors import DivergedError
-from .evaluation import Judge, check_countable, wilson_interval
-from .gradient import Lessons, Noised, rounded, training
+from .evaluation import Judge, check_countable, choices, wilson_interval
+from .gradient import Lessons, rounded, training
 from .losses import prior_preservation_loss
 from .models import Pictures, encode_prompts, overwrite, sample
 
@@ -54,11 +48,11 @@ def survey(
     :func:`duge_lite.sample`, but ``num_inference_steps`` defaults to the card's for previews. Returns a row
     per picture:
     ``group``, ``prompt``, ``picture`` (PIL), ``named`` (the one concept, or style, that the judge decides
-    for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises UnknownConceptError for a concept
-    that the card does not list, ValueError for one that its judge does not know.
+    for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises UnknownConceptError for a word
+    that the model never read, ValueError for one that the judge does not know.
     """
     card = model_card(pipe)
-    check_countable(card, concept)
+    check_countable(card, concept, judge)
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in range(images)]
     frame = pd.DataFrame(rows, columns=["group", "prompt"])
     seeds = [seed + i for _ in prompts for i in range(images)]
@@ -78,7 +72,7 @@ def _judged(
     """``frame`` with its pictures and what the judge says of them: the columns of :func:`survey`."""
     card = model_card(pipe)
     judge = judge or Judge.load(card, pipe.device)
-    named = judge.names(pictures, card.styles if concept in card.styles else card.judged)
+    named = judge.names(pictures, choices(card, [concept], judge))
     shown = pd.Series(list(pictures), dtype=object)
     return frame.assign(picture=shown, named=named, seen=judge.sees(pictures, concept))
 
@@ -190,7 +184,9 @@ def redrawing(
     with the noise of the moment (RePaint, arXiv 2201.09865, without its resampling). Picture i takes its
     noise from ``seed + i``. Returns a survey.
     """
-    check_countable(card := model_card(pipe), concept)
+    from diffusers import AutoPipelineForImage2Image  # imports all pipelines, and says so
+
+    check_countable(card := model_card(pipe), concept, judge)
     relay, width, shown = AutoPipelineForImage2Image.from_pipe(pipe), pictures.latents.shape[-1], []
     relay.set_progress_bar_config(disable=True)
     given = (torch.arange(width) < width // 2) | (not half)  # (w,)
@@ -236,7 +232,7 @@ def noise_inversion(
     so read it beside the oracle. Returns a survey with the column ``error``: the root of the mean squared
     difference of latents, in units of the given latents' own standard deviation.
     """
-    check_countable(card := model_card(pipe), concept)
+    check_countable(card := model_card(pipe), concept, judge)
     same = {"clip_sample": False, "timestep_spacing": "leading", "set_alpha_to_one": False}
     there, back, shown, errors = copy(pipe), copy(pipe), [], []
     there.scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, **same)
@@ -286,19 +282,18 @@ def _reworded(pictures: Pictures, old: str, new: str) -> list[str]:
     return [p.replace(old, new) for p in pictures.prompts]
 
 
-def _noised(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed: int) -> Noised:
+def _noised(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed: int) -> Lessons:
     if pipe.unet.config.addition_embed_type is not None:
         raise ValueError(
             "Stable Diffusion XL reads two texts: expected 1.x or 2.x, or a probe that needs no words"
         )
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    return Noised.of(pictures, count, scheduler, torch.Generator().manual_seed(seed))
+    return Lessons.of(pictures, count, scheduler, torch.Generator().manual_seed(seed))
 
 
 def _batches(pipe: StableDiffusionPipeline, pictures: Pictures, size: int, seed: int) -> Iterator[Lessons]:
     """Batches of noisy ``pictures``, without end; wanted is the noise, (size, 4, h, w)."""
-    asked, generator = _noised(pipe, pictures, 256, seed), torch.Generator().manual_seed(seed + 1)
-    lessons = Lessons(asked.noisy, asked.timesteps, asked.encoder_hidden_states, (asked.truth,))
+    lessons, generator = _noised(pipe, pictures, 256, seed), torch.Generator().manual_seed(seed + 1)
     while True:
         yield lessons.batch(size, generator, pipe.unet.device)
 
@@ -318,7 +313,7 @@ def name_gain(
     texts = _reworded(pictures, f" of {model_card(pipe).subject(concept)}", "")
     asked, errors = _noised(pipe, pictures, count, seed), []
     for states in (asked.encoder_hidden_states, encode_prompts(pipe, texts)[asked.index]):
-        batches = (x.split(32) for x in (asked.noisy, asked.timesteps, states, asked.truth))
+        batches = (x.split(32) for x in (asked.noisy, asked.timesteps, states, *asked.wanted))
         inputs = ([x.to(pipe.unet.device) for x in batch] for batch in zip(*batches, strict=True))
         with _mixed(pipe):
             parts = [(pipe.unet(*x).sample.float() - truth).square().mean((1, 2, 3)) for *x, truth in inputs]

@@ -36,8 +36,13 @@ class Case:
     hint: str
 
 
-def examine(function: Callable, cases: Sequence[Case], praise: str, tolerance: float = 1e-5) -> Verdict:
-    """Calls ``function`` on each case and compares; the first difference becomes the hint."""
+def examine(
+    function: Callable, cases: Sequence[Case], praise: str, tolerance: float = 1e-5, numbers: bool = True
+) -> Verdict:
+    """Calls ``function`` on each case and compares; the first difference becomes the hint.
+
+    Without ``numbers`` the hint stands alone: ``function`` measures what the reader's own one returned.
+    """
     for case in cases:
         try:
             got = function(*copy.deepcopy(case.args))  # a function may change what it is given
@@ -53,8 +58,17 @@ def examine(function: Callable, cases: Sequence[Case], praise: str, tolerance: f
         except Exception:  # whatever it is, it is not numbers
             return Verdict(False, f"it returned a {type(got).__name__}, expected numbers. {case.hint}")
         if not fits:
-            return Verdict(False, f"it returned {got!r}, expected {case.expected!r}. {case.hint}")
+            told = (
+                f"it returned {_plain(got)}, expected {_plain(case.expected)}. " if numbers else "not yet. "
+            )
+            return Verdict(False, told + case.hint)
     return Verdict(True, praise)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as Python writes them, four digits are enough."""
+    array = np.asarray(value)
+    return (array.round(4) if array.dtype.kind == "f" else array).tolist()
 
 
 # ---------------------------------------------------------------------------- notebook 01
@@ -102,7 +116,7 @@ def ddim_step(function: Callable) -> Verdict:
 
 
 def sampling_loop(function: Callable) -> Verdict:
-    """Notebook 01: ``draw(ask, noise, alphas)``, from noise to a picture."""
+    """Notebook 01: ``sampling_loop(denoiser, noise, alphas)``, from noise to a picture."""
     wish, noise = np.array([0.5, -1.0]), np.array([2.0, 1.0])
     asked: list[int] = []
 
@@ -132,7 +146,7 @@ def sampling_loop(function: Callable) -> Verdict:
             "In each step use what was named in this step, and the picture as it is by now.",
         ),
     ]
-    return examine(drawn, cases, "that is a sampler. Stable Diffusion's does nothing else.")
+    return examine(drawn, cases, "that is a sampler. Stable Diffusion's does nothing else.", numbers=False)
 
 
 def guided(function: Callable) -> Verdict:
@@ -160,7 +174,8 @@ def average_noise(function: Callable) -> Verdict:
         Case((4,), [1.0, 0.0], "Of 4 noises the sum has the squared strength 4, the plain mean 1/4: hit 1."),
         Case((9,), [1.0, 0.0], "Of 9 noises the sum has the strength 3."),
     ]
-    return examine(strength, cases, "noise of the right strength is noise that the denoiser knows.")
+    praise = "noise of the right strength is noise that the denoiser knows."
+    return examine(strength, cases, praise, numbers=False)
 
 
 # ---------------------------------------------------------------------------- notebook 02
@@ -185,6 +200,72 @@ def attention_weights(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "that is what each place of the picture does, in every layer and head.")
+
+
+def word_map(function: Callable) -> Verdict:
+    """Notebook 02: ``word_map(maps, tokens)``, one picture from a layer's maps (steps, heads, T, h, w)."""
+    maps = np.arange(1.0, 97.0).reshape(2, 2, 4, 2, 3) ** 2 / 1e4
+    first = maps[:1, :1]
+    cases = [
+        Case((first, [1]), first[0, 0, 1], "One step, one head, one token: the picture maps[0, 0, 1]."),
+        Case(
+            (first, [1, 2]),
+            first[0, 0, 1] + first[0, 0, 2],
+            "A word in two pieces is listened to as much as both together: *add* its tokens.",
+        ),
+        Case(
+            (maps, [1, 2]),
+            (maps[:, :, 1] + maps[:, :, 2]).mean(axis=(0, 1)),
+            "Over steps and heads take the *mean*: axes 0 and 1. What is left is (h, w).",
+        ),
+        Case((maps, [0, 3]), (maps[:, :, 0] + maps[:, :, 3]).mean(axis=(0, 1)), "Take just these tokens."),
+    ]
+    return examine(function, cases, "every map in this course is that, over one layer or several.")
+
+
+def overlap(function: Callable) -> Verdict:
+    """Notebook 02: ``overlap(word_map, mask)``, the shared part of the brightest places and a thing's."""
+    word_map = np.array([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3]])
+
+    def mask(*rows: str) -> np.ndarray:
+        return np.array([[c == "#" for c in row] for row in rows])
+
+    cases = [
+        Case((word_map, mask("##.", "#..")), 1.0, "The three brightest places are the thing's three: 1."),
+        Case((word_map, mask("..#", "...")), 0.0, "The one brightest place is not the thing's one: 0."),
+        Case((word_map, mask("#..", "#..")), 1 / 3, "Shared by both: 1 place. In one or both: 3. So 1/3."),
+        Case(
+            (word_map / 100, mask("##.", ".##")),
+            0.6,
+            "Choose the brightest by their order, as many as the mask has; how bright they are is no matter.",
+        ),
+    ]
+    return examine(function, cases, "one number, and you need not squint at a map.")
+
+
+def concentration(function: Callable) -> Verdict:
+    """Notebook 02: ``concentration(word_map)``, 0 for an even map, 1 for a single place."""
+    quarter = np.zeros((4, 4))
+    quarter[:2, :2] = 0.25
+    uneven = np.array([[0.75, 0.25], [0.0, 0.0]])
+    value = 1 + (0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
+    cases = [
+        Case((np.full((2, 2), 0.25),), 0.0, "Evenly everywhere is 0: the entropy is as large as it can be."),
+        Case(
+            (np.array([[0.0, 1.0], [0.0, 0.0]]),),
+            1.0,
+            "A single place is 1. Empty places count 0, but np.log(0) does not: leave them out.",
+        ),
+        Case(
+            (quarter,),
+            0.5,
+            "Divide the entropy by the largest possible one, the log of the number of *all* places, then "
+            "take it from 1.",
+        ),
+        Case((uneven,), value, "The entropy is -sum(p * log p), with the shares p themselves."),
+        Case((uneven * 8,), value, "A map need not sum to 1: divide it by its sum first."),
+    ]
+    return examine(function, cases, "the same number as in the figure below.")
 
 
 def scaled_share(function: Callable) -> Verdict:
@@ -219,6 +300,64 @@ def retention(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "what is forgotten on purpose does not count as damage.")
+
+
+def target(function: Callable) -> Verdict:
+    """Notebook 03: ``target(f_concept, f_other, eta)``, what ought to be said for the concept."""
+    concept, other = np.array([1.0, 2.0, 0.0]), np.array([0.0, 3.0, 0.0])
+    cases = [
+        Case((concept, other, 0.0), other, "At eta 0 it is the other answer, exactly."),
+        Case(
+            (concept, other, 1.0),
+            [-1.0, 4.0, 0.0],
+            "Past it: from `f_concept` to `f_other`, and on in the same direction, away from the concept.",
+        ),
+        Case((concept, other, 0.5), [-0.5, 3.5, 0.0], "Eta says how far past: here half of the way again."),
+    ]
+    return examine(function, cases, "eta 0 lands on the other answer; eta 1 goes as far again.")
+
+
+def nearest_kept(function: Callable) -> Verdict:
+    """Notebook 03: ``nearest_kept(distances, gone)``, the name of the nearest concept that stays."""
+    distances = pd.Series({"car": 0.9, "orange": 0.4, "tree": 0.7, "mushroom": 0.5})
+
+    def number(distances: pd.Series, gone: list[str]) -> float | None:
+        got = function(distances, gone)
+        return got if got is None or got is Ellipsis else float(list(distances.index).index(got))
+
+    cases = [
+        Case((distances, []), 1.0, "Return the name with the smallest distance; names stand in the index."),
+        Case((distances, ["orange"]), 3.0, "The orange is to go as well: take the nearest that stays."),
+        Case((distances, ["mushroom", "orange"]), 2.0, "Leave out *all* that is gone, then look."),
+        Case((distances, ["apple"]), 1.0, "Something gone need not be in the list: that is no mistake."),
+    ]
+    return examine(number, cases, "nothing that is to go is ever drawn instead of something else.")
+
+
+def near_and_far(function: Callable) -> Verdict:
+    """Notebook 03: ``near_and_far(before, after, forgotten, related)``, what neighbours and others lost."""
+    names = ["apple", "orange", "broccoli", "house", "star"]
+    before = pd.Series([1.0, 1.0, 0.5, 1.0, 1.0], index=names)
+
+    def after(*values: float) -> pd.Series:
+        return pd.Series(values, index=names)
+
+    near = ["orange", "broccoli"]
+    cases = [
+        Case((before, after(0, 1, 0.5, 1, 1), "apple", near), (0.0, 0.0), "Only the apple went: no damage."),
+        Case(
+            (before, after(0, 0.5, 0.5, 1, 1), "apple", near),
+            (0.25, 0.0),
+            "The neighbours lost 0.5 and 0, that is 0.25 in the mean; the others nothing.",
+        ),
+        Case(
+            (before, after(0, 1, 0.5, 0.5, 1), "apple", near),
+            (0.0, 0.25),
+            "The others are all but the forgotten one and its neighbours: here house and star.",
+        ),
+        Case((before, after(0, 0.5, 0, 1, 1), "apple", near), (0.5, 0.0), "Lost is *before less after*."),
+    ]
+    return examine(function, cases, "a mean over everything hides a single lost neighbour; this does not.")
 
 
 # ---------------------------------------------------------------------------- notebook 04
@@ -277,7 +416,10 @@ def ridge(function: Callable) -> Verdict:
     best = np.linalg.solve(left, (wanted.T @ f / 12 + 0.5 * start).T).T
     cases = [
         Case(
-            (f, f @ start.T, start, 0.3), start, "If it already writes what is wanted, nothing has to change."
+            (f, f @ start.T, start, 0.3),
+            start,
+            "If it already writes what is wanted, nothing has to change. Does r stand twice, on the right "
+            "with `start`, and on the left on the diagonal only (`r * np.eye(...)`)?",
         ),
         Case(
             (f, fits, start, 0.0), [[1.0, 2.0, 0.0], [0.0, -1.0, 0.5]], "Without r it is plain least squares."
@@ -293,14 +435,14 @@ def ridge(function: Callable) -> Verdict:
 
 
 def regularization_loss(function: Callable) -> Verdict:
-    """Notebook 04: ``regularization_loss(parameters, anchor)``, from two dicts of tensors."""
+    """Notebook 04: ``regularization_loss(parameters, base)``, from two dicts of tensors."""
 
     def weights(a: tuple, b: tuple) -> dict[str, Tensor]:
         return {"a": torch.tensor(a), "b": torch.tensor(b)}
 
     now, start = weights((1.0, 2.0), (3.0,)), weights((0.0, 2.0), (1.0,))
     cases = [
-        Case((start, start), 0.0, "At the anchor nothing pulls."),
+        Case((start, start), 0.0, "At the base weights nothing pulls."),
         Case(
             (now, start),
             5 / 3,
@@ -365,6 +507,113 @@ def gone_and_kept(function: Callable) -> Verdict:
     return examine(function, cases, "what came back counts against UA, and nothing that went counts as kept.")
 
 
+def wilson(function: Callable) -> Verdict:
+    """Notebook 05: ``wilson(hits, n, z)``, both ends of the interval of a share."""
+    z = 1.96
+    cases = [
+        Case(
+            (0, 4, z),
+            (0.0, z**2 / (4 + z**2)),
+            "With 0 of 4 the middle and the half width are equal, so the lower end is 0. Divide both by "
+            "1 + z**2 / n.",
+        ),
+        Case((2, 4, z), (0.1500357, 0.8499643), "Under the root stands p (1 - p) / n + z**2 / (4 n**2)."),
+        Case(
+            (9, 10, z),
+            (0.5958436, 0.9821243),
+            "p is hits / n. The middle is p, drawn a little towards one half.",
+        ),
+        Case(
+            (2, 4, 1.0),
+            (0.2763932, 0.7236068),
+            "z is given: 1.96 is the one for 95 %, others stand for others.",
+        ),
+    ]
+    return examine(
+        function, cases, "honest at 0 and at 1, where the school formula says plus or minus nothing."
+    )
+
+
+def solve_all(function: Callable) -> Verdict:
+    """Notebook 05: ``solve_all(old, S, X, r)``, the one matrix for many requests, from lists of sums."""
+    rng = np.random.default_rng(0)
+    old = rng.standard_normal((2, 3))
+    f, g = rng.standard_normal((2, 2, 9, 3))
+    heard, wanted = f.transpose(0, 2, 1) @ f / 9, g.transpose(0, 2, 1) @ f / 9  # (2, 3, 3) each
+    eye = np.eye(3)
+
+    def best(s: np.ndarray, x: np.ndarray, r: float) -> np.ndarray:
+        return old @ (x + r * eye) @ np.linalg.inv(s + r * eye)
+
+    cases = [
+        Case((old, [heard[0]], [heard[0]], 0.1), old, "Who wants what is heard already changes nothing."),
+        Case(
+            (old, [heard[0]], [wanted[0]], 0.1),
+            best(heard[0], wanted[0], 0.1),
+            "For one request it is the formula: r times the identity is added to both. `matrix + r` adds r "
+            "to every entry.",
+        ),
+        Case(
+            (old, list(heard), list(wanted), 0.1),
+            best(heard.sum(0), wanted.sum(0), 0.1),
+            "Two requests: add the S, add the X, then solve once. r is added once, too.",
+        ),
+        Case(
+            (old, list(heard[::-1]), list(wanted[::-1]), 0.1),
+            best(heard.sum(0), wanted.sum(0), 0.1),
+            "The same two in the other order: the same sums, so the same matrix.",
+        ),
+    ]
+    return examine(
+        function, cases, "a sum has no memory of its order, and so the model has none.", tolerance=1e-4
+    )
+
+
+def take_back(function: Callable) -> Verdict:
+    """Notebook 05: ``take_back(S, X, s_gone, x_gone, s_kept)``, both sums as if it had not been asked."""
+    S, X = np.array([[9.0, 2.0], [2.0, 7.0]]), np.array([[5.0, 1.0], [0.0, 6.0]])
+    s, x, none = np.array([[4.0, 1.0], [1.0, 2.0]]), np.array([[1.0, 3.0], [2.0, 0.0]]), np.zeros((2, 2))
+    back = np.array([[3.0, 0.0], [0.0, 1.0]])
+    cases = [
+        Case((S, X, none, none, none), [S, X], "Return both, S and X. Nothing taken back changes neither."),
+        Case(
+            (S, X, s, x, none),
+            [S - s, X - x],
+            "Subtract what the request had added: s_gone from S, x_gone from X.",
+        ),
+        Case(
+            (S, X, s, x, back),
+            [S - s + back, X - x + back],
+            "It counts among what stays again, so its sum comes back into S. What stays is to be written "
+            "as it was, f* = f: so the same sum comes back into X.",
+        ),
+    ]
+    return examine(function, cases, "no walk back through the later requests: a subtraction.")
+
+
+def back_door(function: Callable) -> Verdict:
+    """Notebook 05: ``back_door(asked, named, gone)``, the share that shows another thing that went."""
+    gone = ["apple", "car", "harp"]
+    cases = [
+        Case(
+            (["apple", "car"], ["orange", "tree"], gone),
+            0.0,
+            "Things that stay may be shown: they do not count.",
+        ),
+        Case(
+            (["apple", "car"], ["apple", "tree"], gone),
+            0.0,
+            "Its own name is no back door: that one came through the front. Count only *another* one.",
+        ),
+        Case(
+            (["apple", "car", "harp", "harp"], ["car", "star", "apple", "harp"], gone),
+            0.5,
+            "Divide by all pictures, not by those that show something that went.",
+        ),
+    ]
+    return examine(function, cases, "the accuracy matrix has no cell for this.")
+
+
 # ---------------------------------------------------------------------------- notebook 06
 
 
@@ -392,6 +641,69 @@ def recovery_time(function: Callable) -> Verdict:
         ),
     ]
     return examine(function, cases, "the longer it takes, the less was left to find.")
+
+
+def above_floor(function: Callable) -> Verdict:
+    """Notebook 06: ``above_floor(seen, floor)``, the share that is left when false alarms are taken off."""
+    cases = [
+        Case((0.4, 0.0), 0.4, "Without false alarms nothing has to be taken off."),
+        Case((0.2, 0.2), 0.0, "As much as the floor is nothing."),
+        Case((1.0, 0.2), 1.0, "All is all: divide by what was left to find, 1 - floor."),
+        Case((0.6, 0.2), 0.5, "0.4 above the floor, of 0.8 that were left to find: 0.5."),
+        Case((0.1, 0.2), 0.0, "Below the floor is not less than nothing: never below 0."),
+        Case(
+            (1.0, 1.0),
+            0.0,
+            "Where the floor is 1 the probe cannot show anything: return 0, and do not divide.",
+        ),
+    ]
+    return examine(function, cases, "what is left is what the model had to add to chance.")
+
+
+def gain(function: Callable) -> Verdict:
+    """Notebook 06: ``gain(noise, told, untold)``, the share of the error that the name takes away."""
+    noise = np.array([[1.0, -1.0], [0.0, 2.0]])
+    off = np.array([[2.0, 0.0], [0.0, 0.0]])
+    cases = [
+        Case((noise, noise, noise + 1), 1.0, "Told and without any error: the name takes all of it away."),
+        Case(
+            (noise, noise + 1, noise - 1),
+            0.0,
+            "Equal errors, though in other directions: 0. Square before the mean.",
+        ),
+        Case(
+            (noise, noise + off / 2, noise + off), 0.75, "Half as far off is a quarter of the squared error."
+        ),
+        Case(
+            (noise, noise + off, noise + off / 2),
+            -3.0,
+            "A name that misleads has a gain below 0: do not cut it off.",
+        ),
+    ]
+    return examine(function, cases, "no judge was asked.")
+
+
+def ask_otherwise(function: Callable) -> Verdict:
+    """Notebook 06: ``ask_otherwise(concept)``, at least three different prompts that do not say its name."""
+
+    def about(concept: str, what: str) -> float | None:
+        texts = function(concept)
+        if texts is None or texts is Ellipsis:
+            return None
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            return 0.0
+        if what == "texts":
+            return 1.0
+        if what == "several":
+            return float(len({text.strip().lower() for text in texts} - {""}) >= 3)
+        return float(not any(concept in text.lower() for text in texts))
+
+    cases = [
+        Case(("apple", "texts"), 1.0, "Return a list of prompts, each of them a text."),
+        Case(("apple", "several"), 1.0, "One is soon refused. Return at least three that differ."),
+        Case(("apple", "silent"), 1.0, "One of them says the name. That would be no attack."),
+    ]
+    return examine(about, cases, "now ask the model.")
 
 
 # ---------------------------------------------------------------------------- notebook 07
@@ -424,7 +736,116 @@ def beats(function: Callable) -> Verdict:
     return examine(function, cases, "who is beaten on both counts need not be discussed further.")
 
 
+def uce_matrix(function: Callable) -> Verdict:
+    """Notebook 07: ``uce_matrix(old, edit, anchor, keep, r)``, names read as their anchors were read."""
+    rng = np.random.default_rng(1)
+    old, one = rng.standard_normal((2, 3)), np.eye(3)
+    edit, anchor, keep = (rng.standard_normal((n, 3)) for n in (2, 2, 4))
+    left = anchor.T @ edit + keep.T @ keep + 0.5 * one
+    right = edit.T @ edit + keep.T @ keep + 0.5 * one
+    cases = [
+        Case((old, edit, edit, keep, 0.5), old, "Where each name is its own anchor nothing has to change."),
+        Case(
+            (old, one[:1], one[1:2], one[1:], 1e-9),
+            old[:, [1, 1, 2]],
+            "The first vector is to be read as the second was: anchor.T @ edit, and `left` stands before the "
+            "inverse of `right`.",
+        ),
+        Case(
+            (old, edit, anchor, keep, 1e9),
+            old,
+            "With a huge r nothing moves: r times the identity in both sums.",
+        ),
+        Case(
+            (old, edit, anchor, keep, 0.5),
+            old @ left @ np.linalg.inv(right),
+            "What stays is in both sums; `left` stands before the inverse of `right`.",
+        ),
+    ]
+    return examine(function, cases, "no picture, no training: only words.", tolerance=1e-3)
+
+
+def sign_test(function: Callable) -> Verdict:
+    """Notebook 07: ``sign_test(a, b)``, how likely a fair coin is at least so lopsided, to either side."""
+    cases = [
+        Case((3, 3), 1.0, "A draw is no news: double the tail, but a chance is at most 1."),
+        Case((0, 0), 1.0, "Without a single difference nothing speaks against luck: 1."),
+        Case((5, 0), 0.0625, "Five of five, or none of five: 2 / 2**5. Count both sides."),
+        Case((4, 1), 0.375, "As lopsided or more: none or one of five, (1 + 5) / 32, and the same mirrored."),
+        Case((1, 4), 0.375, "It must not matter who is the first: the tail ends at the smaller count."),
+    ]
+    return examine(function, cases, "so few flips prove little, and you can say how little.")
+
+
+def unbiased_kid(function: Callable) -> Verdict:
+    """Notebook 07: ``unbiased_kid(f, g)``, the kernel inception distance from two arrays of features."""
+    two = np.array([[1.0], [-1.0]])
+    f, g = np.array([[1.0, 1.0], [0.0, 2.0], [1.0, -1.0]]), np.array([[2.0, 0.0], [0.0, 2.0]])
+    cases = [
+        Case(
+            (two, two),
+            -8.0,
+            "Pairs: 8 of equal, 0 of different pictures. Within a heap leave out each picture with itself "
+            "(mean 0, twice), across keep all (mean 4): 0 + 0 - 2 * 4.",
+        ),
+        Case(
+            (f, f[::-1]),
+            -68 / 9,
+            "Divide the product by the number of features, f.shape[1]; within, divide by n * (n - 1).",
+        ),
+        Case((f, g), -40 / 3, "The heaps may differ in size: each mean has its own count."),
+    ]
+    return examine(function, cases, "below zero is no error: on average it is fair.")
+
+
 # ---------------------------------------------------------------------------- notebook 08
+
+
+def concept_texts(function: Callable) -> Verdict:
+    """Notebook 08: ``concept_texts(name)``, how it is asked for, and what is drawn instead."""
+
+    def about(what: str, name: str) -> float | None:
+        got = function(name)
+        if got is None or got is Ellipsis:
+            return None
+        prompts, instead = got
+        named, other = ([name.casefold() in text.casefold() for text in part] for part in (prompts, instead))
+        lists = not isinstance(prompts, str) and not isinstance(instead, str)
+        found = {"lists": lists and len(prompts) == len(instead), "several": len(set(prompts)) >= 4}
+        return float((found | {"named": all(named), "unnamed": not any(other)})[what])
+
+    cases = [
+        Case(
+            ("lists", "Van Gogh"),
+            1.0,
+            "Return two lists of texts of the same length: prompts, and what is to be drawn instead of each.",
+        ),
+        Case(
+            ("several", "Van Gogh"), 1.0, "Ask in at least four different ways: one phrasing is not enough."
+        ),
+        Case(("named", "Van Gogh"), 1.0, "Every prompt has to name it: these are the ways to ask for it."),
+        Case(
+            ("unnamed", "Van Gogh"), 1.0, "It must not be named in what is drawn instead: then it would stay."
+        ),
+        Case(("named", "corgi"), 1.0, "Use the name that is given, not one of your own: f-strings help."),
+    ]
+    return examine(about, cases, "that is all that a request needs to know.")
+
+
+def closer_to_name(function: Callable) -> Verdict:
+    """Notebook 08: ``closer_to_name(named, instead)``, the share of pictures that fit the name better."""
+    cases = [
+        Case(
+            (np.array([30.0, 20.0]), np.array([10.0, 25.0])), 0.5, "Compare picture by picture, then a mean."
+        ),
+        Case((np.array([20.0, 20.0]), np.array([20.0, 20.0])), 0.0, "A draw is not closer: `>`, not `>=`."),
+        Case(
+            (np.array([90.0, 10.0, 10.0, 10.0]), np.array([0.0, 20.0, 20.0, 20.0])),
+            0.25,
+            "One picture with a large score must not outvote the others: count pictures, not points.",
+        ),
+    ]
+    return examine(function, cases, "a judge for anything that can be said.")
 
 
 def book_megabytes(function: Callable) -> Verdict:
@@ -435,6 +856,29 @@ def book_megabytes(function: Callable) -> Verdict:
         Case(([320, 640, 1280], 10, 16), 1.4336, "Every moment and every place is noted."),
     ]
     return examine(function, cases, "so you can count before you start, for any model.")
+
+
+def drawing_cost(function: Callable) -> Verdict:
+    """Notebook 08: ``drawing_cost(pictures, steps, seconds, price)``, minutes, and what they cost."""
+    cases = [
+        Case((1, 60, 1.0, 0.0), (1.0, 0.0), "Pictures times steps times seconds are seconds: divide by 60."),
+        Case((60, 10, 1.0, 6.0), (10.0, 1.0), "Return two numbers. The price is that of an hour."),
+        Case((120, 5, 0.5, 1.2), (5.0, 0.1), "Every picture needs every step."),
+    ]
+    return examine(function, cases, "so you can say no before you start.")
+
+
+def lora_loss(function: Callable) -> Verdict:
+    """Notebook 08: ``lora_loss(sizes, rank)``, the share of a change that a cut to ``rank`` leaves out."""
+    cases = [
+        Case((np.array([4.0, 3.0]), 2), 0.0, "With all directions nothing is lost."),
+        Case((np.array([4.0, 3.0]), 0), 1.0, "With none of them everything is: divide by the whole."),
+        Case((np.array([4.0, 3.0]), 1), 0.6, "Norms: the root of a sum of squares, 3 against 5 here."),
+        Case(
+            (np.array([2.0, 2.0, 1.0]), 1), np.sqrt(5) / 3, "All that is left out counts, not one direction."
+        ),
+    ]
+    return examine(function, cases, "the same number that `export_lora` returns.")
 
 
 # ---------------------------------------------------------------------------- notebook 09
@@ -459,7 +903,7 @@ def new_thing(function: Callable) -> Verdict:
         Case(("large",), 1.0, "It is small: let it reach over half of the way from -1 to 1 at least."),
         Case(("colours",), 1.0, "A colour is three whole numbers from 0 to 255: red, green, blue."),
     ]
-    return examine(about, cases, "that can be drawn in every style.")
+    return examine(about, cases, "that can be drawn in every style.", numbers=False)
 
 
 def nearest_prototype(function: Callable) -> Verdict:
@@ -486,33 +930,6 @@ def harmonic_mean(function: Callable) -> Verdict:
         Case(([1.0, 1.0, 1.0, 0.1],), 4 / 13, "Use as many shares as there are, not always two."),
     ]
     return examine(function, cases, "one bad part cannot hide behind four good ones.")
-
-
-def most_missing(function: Callable) -> Verdict:
-    """Notebook 09: ``most_missing(asked, named)``, the name that was asked for and least often seen."""
-    names = ["apple", "car", "tree"]
-
-    def number(asked: list[str], named: list[str]) -> float | None:
-        got = function(asked, named)
-        return got if got is None or got is Ellipsis else float(names.index(got))
-
-    cases = [
-        Case((names, ["apple", "tree", "tree"]), 1.0, "One picture each: return the name that was not seen."),
-        Case(
-            (
-                ["apple", "apple", "car", "car", "tree", "tree"],
-                ["car", "apple", "tree", "star", "tree", "tree"],
-            ),
-            1.0,
-            "Several pictures each: take the name with the smallest *share* of pictures named as asked.",
-        ),
-        Case(
-            (["apple"] * 3 + ["tree"] * 4, ["apple", "star", "star", "tree", "car", "car", "car"]),
-            2.0,
-            "Not equally many pictures of each: compare shares (here 1/3 and 1/4), not counts.",
-        ),
-    ]
-    return examine(number, cases, "who does not answer to his name is a suspect.")
 
 
 def pictures_needed(function: Callable) -> Verdict:

@@ -79,7 +79,6 @@ class ModelCard:
         guidance_scale, num_inference_steps: the settings that evaluation samples with.
         sampling_steps: enough steps for memory pictures and previews.
         judge: the image classifier that names its pictures: "doodle" or a hub id.
-        clip: the CLIP that scores how well a picture fits its prompt: "doodle" or a hub id.
         open_choice: whether the judge may say anything that it knows, or only what the card lists.
         open_words: whether it reads any word, so that anything can be asked to go.
         batch_size: how many pictures are drawn at once.
@@ -97,7 +96,6 @@ class ModelCard:
     num_inference_steps: int = 50
     sampling_steps: int = 25
     judge: str = "microsoft/resnet-50"
-    clip: str = "openai/clip-vit-large-patch14"
     open_choice: bool = True
     open_words: bool = True
     batch_size: int = 4
@@ -233,7 +231,7 @@ def model_card(pipe: DiffusionPipeline) -> ModelCard:
     """
     if pipe.unet.config.cross_attention_dim == 128 and pipe.tokenizer.model_max_length == 24:
         how = {"guidance_scale": 4.0, "num_inference_steps": 20, "sampling_steps": 10, "batch_size": 32}
-        how |= {"judge": "doodle", "clip": "doodle", "open_choice": False, "open_words": False}
+        how |= {"judge": "doodle", "open_choice": False, "open_words": False}
         return ModelCard.read("doodle", "doodle-20.csv", STYLES, **how)
     # ours, untested on real weights: a request is to take minutes on a T4 (see benchmarks/gpu.py)
     sizes = {"memory_size": 40, "num_inference_steps": 10, "places": 16}

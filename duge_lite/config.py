@@ -34,7 +34,6 @@ class UnlearnConfig:
             them and of the memory the reference answers for before learning starts.
         revisit: share of the gradient solver's pictures that show concepts of earlier requests, so that they
             do not come back (ours).
-        measure_every: the gradient solver measures each loss's gradient at every so-manieth iteration.
         seed: of pictures, noise and order; one seed, one result.
 
     Raises ValueError for what is out of range.
@@ -57,7 +56,6 @@ class UnlearnConfig:
     lessons: int = 64
     lr: float = 1e-3
     revisit: float = 0.5
-    measure_every: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +86,5 @@ _RULES = (  # settings, their type, what fits, in words
     (_WEIGHTS, Real, lambda v: 0 <= v < math.inf, "0 (off) or more"),
     ("lr", Real, lambda v: 0 < v < math.inf, "a number above 0"),
     ("revisit", Real, lambda v: 0 <= v < 1, "a share from 0 (never) to below 1"),
-    ("measure_every", int, lambda v: v >= 0, "0 (never) or a whole number"),
     ("seed", int, lambda v: True, "a whole number"),
 )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import (
@@ -97,6 +96,11 @@ class Judge:
         """The pictures as the judge wants them, (N, 3, H, W), on its device."""
         return self.processor(list(images), return_tensors="pt").pixel_values.to(self.model.device)
 
+    def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it sees before it names, the pooled last layer (N, D), and the logits of its labels (N, L)."""
+        pooled = self.model.resnet(pixels).pooler_output
+        return pooled.flatten(1), self.model.classifier(pooled)
+
     @torch.no_grad()
     def scores(self, images: Sequence[Image.Image], labels: Sequence[str] | None = None) -> pd.DataFrame:
         """Logits, one row per image and one column per label (all of them by default).
@@ -108,15 +112,15 @@ class Judge:
             if label not in known:
                 raise UnknownConceptError(label, known, what="label of this judge")
         for start in range(0, len(images), 128):
-            rows.append(self.model(self.pixels(images[start : start + 128])).logits.float().cpu())
+            rows.append(self.look(self.pixels(images[start : start + 128]))[1].float().cpu())
         frame = pd.DataFrame(torch.cat(rows).numpy(), columns=known)
         return frame if labels is None else frame[list(labels)]
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """What it sees before it names: the pooled last layer, (N, D), float32 on the CPU."""
+        """:meth:`look`'s first answer for pictures, (N, D), float32 on the CPU."""
         parts = [self.pixels(images[i : i + 128]) for i in range(0, len(images), 128)]
-        return torch.cat([self.model.resnet(p).pooler_output.flatten(1).float().cpu() for p in parts])
+        return torch.cat([self.look(p)[0].float().cpu() for p in parts])
 
     def knows(self, concept: str) -> bool:
         """Whether it has a label for ``concept``."""
@@ -156,6 +160,54 @@ class Judge:
         return (self.scores(images, self._labels_of(concept)) > threshold).any(axis=1).to_numpy()
 
 
+@dataclass(frozen=True)
+class ClipJudge(Judge):
+    """A judge of any words: CLIP names the text that fits a picture best, of those that it was given.
+
+    Zero-shot (Radford et al., arXiv 2103.00020). Its weakness: it has no threshold and must choose. It says
+    "something else" only where one of the ``others`` fits better than all that was asked about. So give it
+    texts for what may stand there as well, and look at the pictures.
+    """
+
+    texts: torch.Tensor = field(kw_only=True)  # (L, D), a row per text, of length 1
+    known: tuple[str, ...] = field(kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        words: Mapping[str, Sequence[str]],
+        source: str | Path = "openai/clip-vit-large-patch14",
+        others: Sequence[str] = ("a photo",),
+        device: str | torch.device | None = None,
+    ) -> ClipJudge:
+        """``words``: for each concept texts that describe it, ``{"Van Gogh": ["a painting by Van Gogh"]}``.
+
+        ``source`` is "doodle", a folder or a hub id. Raises ModelNotFoundError when it is missing.
+        """
+        folder = data_dir() / "doodle-clip" if str(source) == "doodle" else source
+        try:
+            model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+            read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            processor = CLIPImageProcessor.from_pretrained(folder)
+        except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
+            raise ModelNotFoundError(
+                f"no CLIP at {folder}: expected a CLIPModel, as safetensors{trouble(error, folder)}"
+            ) from error
+        known = (*(text for texts in words.values() for text in texts), *others)
+        with torch.no_grad():
+            told = model.text_model(**read(list(known), padding=True, truncation=True, return_tensors="pt"))
+            texts = F.normalize(model.text_projection(told.pooler_output), dim=-1)
+        return cls(model.to(device or default_device()), processor, words, True, texts=texts, known=known)
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.known)
+
+    def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
+        return seen, self.model.logit_scale.exp() * F.normalize(seen, dim=-1) @ self.texts.to(seen).T
+
+
 def wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a share (95 % by default): honest at 0 and at 1, unlike +- 2 sigma."""
     if not 0 <= hits <= count or count < 1:
@@ -166,10 +218,26 @@ def wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, floa
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def check_countable(card: ModelCard, concept: str) -> None:
-    """Raises UnknownConceptError, or ValueError for a concept that the card's judge has no label for."""
-    if card.check(concept) not in card.labels:
-        raise ValueError(f"the judge {card.judge} has no label for {concept!r}: it cannot be counted")
+def check_countable(card: ModelCard, concept: str, judge: Judge | None = None) -> None:
+    """ValueError for a concept that ``judge``, by default the card's, has no label for.
+
+    UnknownConceptError where the model does not even read the word.
+    """
+    if not card.open_words:
+        card.check(concept)
+    if concept not in card.labels if judge is None else not judge.knows(concept):
+        bring = 'judge=duge.ClipJudge.of({"name": ["a text that describes it"], ...})'
+        told = card.judge if judge is None else "that was given"
+        raise ValueError(
+            f"the judge {told} has no label for {concept!r}: it cannot be counted. Bring one: {bring}"
+        )
+
+
+def choices(card: ModelCard, concepts: Iterable[str], judge: Judge) -> list[str]:
+    """What ``judge`` chooses among for ``concepts`` of one kind: the card's styles or objects, and them."""
+    all_of_them = dict.fromkeys([*card.judged, *card.styles, *(concepts := list(concepts))])
+    style = concepts[0] in card.styles
+    return [c for c in all_of_them if (c in card.styles) == style and judge.knows(c)]
 
 
 def evaluate(
@@ -194,7 +262,8 @@ def evaluate(
     Returns a DataFrame indexed by concept: ``accuracy`` (share of pictures named right, among the card's
     concepts or styles, or among all that the judge knows if the card says so), ``low`` and ``high`` (95 %
     Wilson interval), ``images``, ``mostly`` (what the judge says most often). Raises UnknownConceptError for
-    a concept that the model's card does not list, ValueError for one that its judge does not know.
+    a word that the model never read, ValueError for one that the judge does not know: on a model of open
+    words bring a :class:`ClipJudge`.
     """
     card = card or model_card(pipe)
     if isinstance(concepts, str) or not isinstance(concepts, Iterable | None):
@@ -205,7 +274,7 @@ def evaluate(
     if not concepts or images < 1:
         raise ValueError(f"{len(concepts)} concepts, {images} images: expected at least one of each")
     for concept in concepts:
-        check_countable(card, concept)
+        check_countable(card, concept, judge)
     judge = judge or Judge.load(card, pipe.device)
 
     def asked(concept: str) -> list[str]:
@@ -219,7 +288,8 @@ def evaluate(
     for styles in (False, True):
         mine = [i for i in range(len(pictures)) if (concepts[i // images] in card.styles) == styles]
         if mine:
-            named[mine] = judge.names([pictures[i] for i in mine], card.styles if styles else card.judged)
+            among = choices(card, (concepts[i // images] for i in mine), judge)
+            named[mine] = judge.names([pictures[i] for i in mine], among)
     rows = []
     for concept, row in zip(concepts, named.reshape(len(concepts), images), strict=True):
         hits = int((row == concept).sum())
@@ -317,38 +387,3 @@ def kid(before: Sequence[Image.Image], after: Sequence[Image.Image], judge: Judg
         return (same.sum() - same.trace()) / (len(a) * (len(a) - 1))
 
     return float(within(x) + within(y) - 2 * kernel(x, y).mean())
-
-
-@torch.no_grad()
-def clip_score(
-    images: Sequence[Image.Image], prompts: Sequence[str], clip: str | Path = "doodle"
-) -> np.ndarray:
-    """How well each picture fits its prompt: 100 times the cosine of CLIP's two answers, 0 at least, (N,).
-
-    Hessel et al., arXiv 2104.08718, as torchmetrics scales it (its own CLIPScore does not run with
-    transformers 5). ``clip`` is "doodle", a folder or a hub id such as "openai/clip-vit-large-patch14"; the
-    last one stays loaded. Raises ModelNotFoundError when it is missing.
-    """
-    model, read, look = _clip(data_dir() / "doodle-clip" if str(clip) == "doodle" else clip)
-    scores = []
-    for i in range(0, len(images), 64):
-        text = read(list(prompts[i : i + 64]), padding=True, truncation=True, return_tensors="pt")
-        pixels = look(list(images[i : i + 64]), return_tensors="pt").pixel_values
-        given = {"input_ids": text.input_ids, "attention_mask": text.attention_mask, "pixel_values": pixels}
-        out = model(**{name: value.to(model.device) for name, value in given.items()})
-        scores.append(100 * (out.image_embeds * out.text_embeds).sum(dim=1).clamp(min=0))
-    return torch.cat(scores).float().cpu().numpy()
-
-
-@lru_cache(maxsize=1)
-def _clip(source: str | Path) -> tuple[CLIPModel, Any, CLIPImageProcessor]:
-    """The model, its tokenizer and its image processor, on the device that pipelines go to."""
-    try:
-        model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-        read = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        look = CLIPImageProcessor.from_pretrained(source)
-    except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
-        raise ModelNotFoundError(
-            f"no CLIP at {source}: expected a CLIPModel, as safetensors{trouble(error, source)}"
-        ) from error
-    return model.eval().to(default_device()), read, look

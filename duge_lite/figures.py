@@ -24,7 +24,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from .attention import AttentionTrace
-from .doodles.draw import OBJECTS, STYLES, draw
 from .viewer import COLORS, layer_label
 
 KEPT, LOST, ACCENT, LEFT = "#35618f", "#c8553d", "#5b5b66", "#6a51a3"  # told apart by lightness too
@@ -187,15 +186,6 @@ def image_grid(
     _grid(axes[0, 0], rows, row_labels, column_labels, set(framed), below)
     names = filter(None, (", ".join(row_labels), ", ".join(dict.fromkeys(column_labels))))
     return _said(figure, f"{title or 'Pictures'}: {height} rows of {width}", names)
-
-
-def contact_sheet(seed: int = 3) -> Plot:
-    """Every object of the doodle world in every style, as drawn (not generated)."""
-    half = (len(OBJECTS) + 1) // 2
-    parts = [(names, style) for names in (OBJECTS[:half], OBJECTS[half:]) for style in STYLES]
-    rows = [[draw(name, style, seed=seed + i) for name in names] for i, (names, style) in enumerate(parts)]
-    title = f"The doodle world: {len(OBJECTS)} objects, {len(STYLES)} styles"
-    return image_grid(rows, [style for _, style in parts], (), title, below=[names for names, _ in parts])
 
 
 def step_labels(requests: Names) -> list[str]:

@@ -7,7 +7,6 @@ noisy versions of pictures that it drew itself. So it is no second model, and no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -70,42 +69,35 @@ DUGE = Objective("DUGE", _away, cross_attention_loss, of_layers=True)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Noisy pictures and the text that the denoiser is asked with; all on the CPU.
+class Lessons:
+    """Noisy pictures, the text that the denoiser is asked with, and the answer that is wanted.
 
     Attributes:
         noisy: (n, 4, h, w).
         timesteps: (n,).
         encoder_hidden_states: (n, T, D).
+        wanted: tensors (n, ...). At first what a perfect model would answer: the noise, or the velocity in
+            models that predict that; zero where it is not known.
+        index: which picture each one was, (n,).
+        other: what is asked instead, (n, T, D), where the target moves.
     """
 
     noisy: Tensor
     timesteps: Tensor
     encoder_hidden_states: Tensor
+    wanted: Answer
+    index: Tensor | None = None
+    other: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the denoiser takes, in its order."""
         return self.noisy, self.timesteps, self.encoder_hidden_states
 
-
-@dataclass(frozen=True)
-class Noised(Asked):
-    """Pictures with noise, before anybody was asked.
-
-    Attributes:
-        truth: what a perfect model would answer, (n, 4, h, w): the noise, or the velocity in models that
-            predict that; zero where it is not known.
-        index: which picture each one was, (n,).
-    """
-
-    truth: Tensor
-    index: Tensor
-
     @classmethod
     def of(
         cls, pictures: Pictures, count: int, scheduler: DDPMScheduler, generator: torch.Generator
-    ) -> Noised:
+    ) -> Lessons:
         """``count`` noisy versions of ``pictures``, which take turns."""
         index = torch.arange(count) % len(pictures.prompts)
         clean = pictures.latents[index]
@@ -114,13 +106,13 @@ class Noised(Asked):
         velocity = scheduler.config.prediction_type == "v_prediction"
         truth = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        return cls(noisy, timesteps, pictures.encoder_hidden_states[index], truth, index)
+        return cls(noisy, timesteps, pictures.encoder_hidden_states[index], (truth,), index)
 
     @classmethod
     def half_drawn(
         cls, pipe: StableDiffusionPipeline, prompts: Sequence[str], count: int, seed: int,
         generator: torch.Generator, card: ModelCard, guidance_scale: float,
-    ) -> Noised:  # fmt: skip
+    ) -> Lessons:  # fmt: skip
         """``count`` moments of the drawing of ``prompts``, the first one too: as the sampler meets them."""
         met: list[Tensor] = []  # of every batch and moment, (B, 4, h, w)
 
@@ -139,27 +131,15 @@ class Noised(Asked):
         index = torch.arange(count) % len(prompts)
         when = torch.randint(len(times), (count,), generator=generator)
         noisy = torch.cat(list(batches))[index, when]  # (n, 4, h, w)
-        return cls(noisy, times[when], encode_prompts(pipe, prompts)[index], torch.zeros_like(noisy), index)
-
-
-@dataclass(frozen=True)
-class Lessons(Asked):
-    """What the model is asked, and the answer that is wanted.
-
-    Attributes:
-        wanted: tensors (n, ...).
-        other: what is asked instead, (n, T, D), where the target moves.
-    """
-
-    wanted: Answer
-    other: Tensor | None = None
+        unknown = (torch.zeros_like(noisy),)
+        return cls(noisy, times[when], encode_prompts(pipe, prompts)[index], unknown, index)
 
     def batch(self, size: int, generator: torch.Generator, device: torch.device) -> Lessons:
         """``size`` random lessons on ``device``."""
         index = torch.randint(len(self.noisy), (size,), generator=generator)
         parts = [x[index].to(device) for x in (*self.inputs, *self.wanted)]
         other = None if self.other is None else self.other[index].to(device)
-        return Lessons(*parts[:3], tuple(parts[3:]), other)
+        return Lessons(*parts[:3], tuple(parts[3:]), other=other)
 
 
 def watching(
@@ -178,11 +158,11 @@ def answered(noise_pred: Tensor, record: AttentionRecorder | None, part: slice) 
 
 @torch.no_grad()
 def ask_about_concept(
-    unet: torch.nn.Module, asked: Noised, other: Tensor, objective: Objective, config: UnlearnConfig
+    unet: torch.nn.Module, asked: Lessons, other: Tensor, objective: Objective, config: UnlearnConfig
 ) -> Lessons:
     """The reference's answers about the concept; ``other`` (n, T, D) is the text that it is asked instead."""
     if objective.moving:
-        return Lessons(*asked.inputs, (), other)
+        return replace(asked, wanted=(), other=other)
     answers: Answer = ()
     for i in range(0, len(asked.noisy), config.batch_size):  # as many at once as in training
         part = slice(i, i + config.batch_size)
@@ -192,21 +172,21 @@ def ask_about_concept(
             frozen = unet(*twice, text).sample
         half = len(frozen) // 2
         concept, instead = (answered(frozen, record, s) for s in (slice(half), slice(half, None)))
-        targets = objective.target(concept, instead, asked.truth[part].to(unet.device), config)
+        targets = objective.target(concept, instead, asked.wanted[0][part].to(unet.device), config)
         if not answers:  # filled in place, in the model's precision: together they are large
             shapes = [(len(asked.noisy), *target.shape[1:]) for target in targets]
             answers = tuple(torch.empty(shape, dtype=frozen.dtype) for shape in shapes)
         for answer, target in zip(answers, targets, strict=True):
             answer[part] = target
-    return Lessons(*asked.inputs, answers)
+    return replace(asked, wanted=answers)
 
 
 @torch.no_grad()
-def ask_about_memory(unet: torch.nn.Module, asked: Noised, size: int) -> Lessons:
+def ask_about_memory(unet: torch.nn.Module, asked: Lessons, size: int) -> Lessons:
     """What the prior loss wants for memory pictures, ``size`` at once: the reference's own prediction."""
     batches = zip(*(x.split(size) for x in asked.inputs), strict=True)
     answers = [unet(*(x.to(unet.device) for x in batch)).sample.cpu() for batch in batches]
-    return Lessons(*asked.inputs, (torch.cat(answers),))
+    return replace(asked, wanted=(torch.cat(answers),))
 
 
 # ---- the weights meanwhile
@@ -267,8 +247,7 @@ def reads_one_text(unet: torch.nn.Module) -> None:
 class UnlearnState:
     """Where the loop is after iteration ``step`` (counted from 1); losses are unweighted.
 
-    ``forget`` is the objective's own loss (DUGE's cross-attention loss). The ``grad_`` fields are the norms
-    of the three losses' gradients, unweighted, nan where they were not measured.
+    ``forget`` is the objective's own loss (DUGE's cross-attention loss).
     """
 
     step: int
@@ -277,9 +256,6 @@ class UnlearnState:
     forget: float
     prior: float
     regularization: float
-    grad_forget: float = math.nan
-    grad_prior: float = math.nan
-    grad_regularization: float = math.nan
 
 
 def batch_losses(
@@ -337,13 +313,13 @@ def gradient_steps(
     with swapped(trained, first):  # pictures are drawn by whose answers count
         if objective.half_drawn is not None:
             drawn = (config.lessons, seed, generator, card, objective.half_drawn)
-            target = Noised.half_drawn(pipe, shown, *drawn)
+            target = Lessons.half_drawn(pipe, shown, *drawn)
         else:
             pictures = draw_pictures(pipe, shown, seed, card)
-            target = Noised.of(pictures, config.lessons, scheduler, generator)
+            target = Lessons.of(pictures, config.lessons, scheduler, generator)
     texts, instead = (encode_prompts(pipe, part)[target.index] for part in (prompts, others))
     target = replace(target, encoder_hidden_states=texts)
-    kept = Noised.of(memory, config.lessons, scheduler, generator) if memory else None
+    kept = Lessons.of(memory, config.lessons, scheduler, generator) if memory else None
     stored = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
     asked = torch.is_autocast_enabled(device.type)  # by the caller
     precision = torch.get_autocast_dtype(device.type) if asked else stored
@@ -369,10 +345,6 @@ def gradient_steps(
                         losses = batch_losses(unet, forget, keep, objective, record, config)
                     losses = (*losses, regularization_loss(trained, anchor))
                     loss = sum(w * v for w, v in zip(config.weights, losses, strict=True))
-                    norms = []
-                    if config.measure_every and (step - 1) % config.measure_every == 0:
-                        scaled = [_gradient_norm(scaler.scale(v), trained) for v in losses]
-                        norms = [norm / scaler.get_scale() for norm in scaled]  # 16 bits would lose them
                     optimizer.zero_grad(set_to_none=True)
                     scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -392,7 +364,7 @@ def gradient_steps(
                     _check_finite(dict(zip(_NAMES, last, strict=False)), step, config)
                 with rounded(trained, stored):
                     values = [float(v.detach()) for v in (loss, *losses)]
-                    yield UnlearnState(step, config.iterations, *values, *norms)  # previews can be drawn
+                    yield UnlearnState(step, config.iterations, *values)  # previews can be drawn
         except DivergedError:
             overwrite(trained, start)
             raise
@@ -414,8 +386,3 @@ def _check_finite(found: Mapping[str, Tensor], step: int, config: UnlearnConfig)
             f"{bad[0]} at iteration {step}; the weights are back as they were. "
             f"Lower lr (now {config.lr}) or the loss's weight."
         )
-
-
-def _gradient_norm(loss: Tensor, trained: Mapping[str, torch.nn.Parameter]) -> float:
-    gradients = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
-    return float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())

@@ -23,7 +23,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -36,6 +36,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .concepts import DATA, ModelCard, model_card
 from .errors import ModelNotFoundError
@@ -57,6 +58,11 @@ def launched() -> PartialState | None:
     if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def shown(items: Items, what: str) -> Iterable:
+    """``items``, with a bar in a notebook or a terminal where they take more than two seconds."""
+    return tqdm(items, what, leave=False, delay=2, disable=None if is_main() else True)
 
 
 def is_main() -> bool:
@@ -333,7 +339,7 @@ def sample(
         count = f"{len(texts)} prompts and {len(seeds)} seeds"
         raise ValueError(f"{count}: expected one seed each, or one number")
     unwanted, out, mine = options.get("negative_prompt"), [], share(list(zip(texts, seeds, strict=True)))
-    for start in range(0, len(mine), batch_size):
+    for start in shown(range(0, len(mine), batch_size), "drawing"):
         part, own = zip(*mine[start : start + batch_size], strict=True)
         if isinstance(unwanted, str):
             options["negative_prompt"] = [unwanted] * len(part)  # diffusers wants as many

@@ -45,7 +45,17 @@ from .concepts import Concept, ModelCard, wishes
 from .config import UnlearnConfig
 from .errors import DivergedError
 from .losses import attention_target
-from .models import Pictures, draw_pictures, encode_prompts, from_main, gathered, share, swapped, written
+from .models import (
+    Pictures,
+    draw_pictures,
+    encode_prompts,
+    from_main,
+    gathered,
+    share,
+    shown,
+    swapped,
+    written,
+)
 
 
 def fingerprints(pipe: DiffusionPipeline) -> tuple[str, str, str]:
@@ -223,7 +233,7 @@ class PictureBook:
             return
         mine, found, size = share(missing), [], self.card.batch_size
         with self.at_base(pipe):
-            for i in range(0, len(mine), size):
+            for i in shown(range(0, len(mine), size), "drawing"):
                 found += self._draw(pipe, mine[i : i + size])
         self.seen |= dict(gathered(found))
 

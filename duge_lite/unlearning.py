@@ -29,7 +29,7 @@ from .concepts import Concept, ModelCard, model_card
 from .config import UnlearnConfig
 from .gradient import (
     DUGE,
-    Noised,
+    Lessons,
     Objective,
     UnlearnState,
     gradient_steps,
@@ -51,7 +51,7 @@ class UnlearningRun:
         concepts: what was asked to go.
         config, objective: how; ``objective`` is the method's name.
         history: of the exact solver a row per layer, the three losses before and after; of the gradient
-            solver a row per iteration: loss, forget, prior, regularization, and the gradient norms.
+            solver a row per iteration: loss, forget, prior, regularization.
         seconds: wall-clock time, the drawing of the memory included.
         before: the weights that changed, as they were, on the CPU.
         base: the cross-attention weights of the model before anything went, by name.
@@ -101,7 +101,7 @@ class UnlearningRun:
         stay = [p for p in book.memory if not any(c.named_in(p) for c in book.gone(self.pipe))][:16]
         scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
         generator = torch.Generator().manual_seed(self.config.seed + 1)
-        asked = Noised.of(book.pictures(self.pipe, stay), count, scheduler, generator)
+        asked = Lessons.of(book.pictures(self.pipe, stay), count, scheduler, generator)
         dtypes = (unet.dtype, torch.long, unet.dtype)
         inputs = [x.to(unet.device, dtype) for x, dtype in zip(asked.inputs, dtypes, strict=True)]
         now = unet(*inputs).sample.float()

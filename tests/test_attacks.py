@@ -180,6 +180,9 @@ class Seer:
             lambda conv, args: self.latents.append(args[0] * own)
         )
 
+    def knows(self, concept):
+        return True
+
     def sees(self, pictures, concept):
         found = torch.cat(self.latents)[-len(pictures) :]
         return (found.mean((1, 2, 3)) > 0).numpy()

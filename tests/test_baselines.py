@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMS
 import duge_lite as duge
 from duge_lite import baselines
 from duge_lite.errors import UnknownConceptError
-from duge_lite.gradient import Noised
+from duge_lite.gradient import Lessons
 from duge_lite.models import encode_prompts, model_card
 from duge_lite.solver import PictureBook
 
@@ -66,7 +66,7 @@ def test_half_drawn_is_what_the_denoiser_met(tiny_pipe, sampler):
         ["a photo of an apple", "a mosaic", "a sketch of a car"],
         torch.Generator().manual_seed(0),
     )
-    asked = Noised.half_drawn(tiny_pipe, prompts, 24, 7, generator, card, 3.0)
+    asked = Lessons.half_drawn(tiny_pipe, prompts, 24, 7, generator, card, 3.0)
     hook.remove()
     times = {t for _, t in met}
     assert (

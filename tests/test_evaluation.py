@@ -18,7 +18,7 @@ from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, captions, draw
 from duge_lite.doodles.train import LABELS
 from duge_lite.doodles.unseen import UNSEEN, unseen
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
-from duge_lite.evaluation import OTHER, Judge, clip_score, kid, wilson_interval
+from duge_lite.evaluation import OTHER, ClipJudge, Judge, kid, wilson_interval
 
 COLUMNS = ["accuracy", "low", "high", "images", "mostly"]
 
@@ -175,7 +175,7 @@ def test_what_the_judge_has_no_label_for_cannot_be_counted(tiny_pipe, tiny_judge
     poor = dataclasses.replace(card, labels={c: v for c, v in card.labels.items() if c != "harp"})
     monkeypatch.setattr(evaluation, "model_card", lambda pipe: poor)
     with pytest.raises(ValueError, match="the judge doodle has no label for 'harp': it cannot be counted"):
-        duge.evaluate(tiny_pipe, ["harp"], images=1, num_inference_steps=1, judge=tiny_judge)
+        duge.evaluate(tiny_pipe, ["harp"], images=1, num_inference_steps=1)
     table = duge.evaluate(tiny_pipe, images=1, num_inference_steps=1, judge=tiny_judge)
     assert "harp" not in table.index and len(table) == 19
 
@@ -249,6 +249,9 @@ class Oracle:
     def __init__(self, answers):
         self.answers = answers
 
+    def knows(self, concept):
+        return True
+
     def names(self, images, among):
         assert list(among) == list(OBJECTS)
         assert len(images) == len(self.answers)
@@ -275,6 +278,9 @@ def test_a_style_is_drawn_with_the_objects_in_turn_and_named_among_styles(tiny_p
         return [Image.new("RGB", (64, 64))] * len(prompts)
 
     class Styles:
+        def knows(self, concept):
+            return True
+
         def names(self, images, among):
             among_what[tuple(among)] = len(images)
             return (["neon", "photo", "neon"] if "neon" in among else ["apple"] * 3)[: len(images)]
@@ -298,6 +304,9 @@ def test_same_seeds_same_numbers(tiny_pipe, tiny_judge):
 class Collector:
     def __init__(self):
         self.images = []
+
+    def knows(self, concept):
+        return True
 
     def names(self, images, among):
         self.images += [np.asarray(i).astype(int) for i in images]
@@ -502,26 +511,37 @@ def test_kid_wants_more_than_one_picture(tiny_judge):
         kid(drawings("apple", 0, 1), drawings("apple", 0, 8), tiny_judge)
 
 
-# CLIP score
+# A judge of any words
 
 
-def test_clip_prefers_the_right_caption():
+@pytest.fixture(scope="module")
+def clip():
+    return ClipJudge.of({o: [captions.prompt(o)] for o in OBJECTS}, "doodle")
+
+
+def test_clip_names_what_is_there_and_has_a_text_for_what_is_not(clip):
     drawn = [draw(o, "photo", seed=i) for i, o in enumerate(OBJECTS)]
-    right = clip_score(drawn, [captions.prompt(o) for o in OBJECTS])
-    wrong = clip_score(drawn, [captions.prompt(o) for o in (*OBJECTS[1:], OBJECTS[0])])
-    assert right.shape == (20,) and (right > wrong).mean() > 0.9 and (wrong >= 0).all() and right.max() <= 100
-    np.testing.assert_allclose(clip_score(drawn[3:4], [captions.prompt(OBJECTS[3])]), right[3:4], rtol=1e-4)
+    assert np.mean([a == b for a, b in zip(clip.names(drawn, OBJECTS), OBJECTS, strict=True)]) > 0.9
+    assert clip.sees(drawn, "apple").tolist() == [o == "apple" for o in OBJECTS]
+    assert clip.names(drawn[:1], ["car"]) == [OTHER] and clip.threshold is None
+    assert clip.labels[-1] == "a photo" and clip.features(drawn).shape == (20, 128)
+    both, other = {"fruit": ["a photo of an apple", "a photo of an orange"]}, ["a photo of broccoli"]
+    two = ClipJudge.of(both, "doodle", others=other)
+    assert two.names(drawn[:3], ["fruit"]) == ["fruit", "fruit", OTHER]
     with pytest.raises(ModelNotFoundError, match="no CLIP at"):
-        clip_score(drawn, ["a"] * 20, "/nowhere")
+        ClipJudge.of({}, "/nowhere")
 
 
-def test_clip_is_loaded_once(monkeypatch):
-    evaluation._clip.cache_clear()
-    load, loaded = evaluation.CLIPModel.from_pretrained, []
-    spy = lambda *args, **how: loaded.append(args) or load(*args, **how)  # noqa: E731
-    monkeypatch.setattr(evaluation.CLIPModel, "from_pretrained", spy)
-    first, second = (clip_score([draw("apple")], ["an apple"]) for _ in range(2))
-    assert len(loaded) == 1 and first == second
+def test_a_judge_of_ones_own_counts_what_the_card_cannot(tiny_pipe, clip, monkeypatch):
+    card = dataclasses.replace(duge.model_card(tiny_pipe), open_words=True)
+    monkeypatch.setattr(evaluation, "model_card", lambda pipe: card)
+    told = ClipJudge.of({"a red hat": ["a photo of a red hat"], "apple": ["a photo of an apple"]}, "doodle")
+    how = {"images": 2, "num_inference_steps": 1}
+    table = duge.evaluate(tiny_pipe, ["a red hat", "apple"], judge=told, **how)
+    assert set(table.mostly) <= {"a red hat", "apple", OTHER}
+    for judge, known in ((None, "doodle"), (clip, "that was given")):
+        with pytest.raises(ValueError, match=f"the judge {known} has no label for 'a red hat': .*ClipJudge"):
+            duge.evaluate(tiny_pipe, ["a red hat"], judge=judge, **how)
 
 
 def test_code_that_comes_with_a_judge_is_neither_run_nor_asked_about(tmp_path, monkeypatch):

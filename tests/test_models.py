@@ -26,7 +26,6 @@ import duge_lite as duge
 from duge_lite.concepts import model_card
 from duge_lite.doodles import OBJECTS, STYLES, captions
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
-from duge_lite.evaluation import clip_score
 from duge_lite.models import data_dir, default_device, default_dtype
 
 
@@ -264,7 +263,7 @@ def test_the_hubs_own_error_is_found_among_the_causes(monkeypatch):
         duge.load_pipeline("some/model")
 
 
-@pytest.mark.parametrize("load", [duge.Judge.load, lambda name: clip_score([], [], name)])
+@pytest.mark.parametrize("load", [duge.Judge.load, lambda name: duge.ClipJudge.of({}, name)])
 def test_a_judge_or_clip_out_of_reach_teaches(load):
     with pytest.raises(
         ModelNotFoundError, match=r"^no .* at some/model: .*\(.*\)\. Check the name and the net"

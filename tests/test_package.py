@@ -180,6 +180,22 @@ def test_notebook_cells_are_short(path):
 # Sizes and the wheel
 
 
+@each_notebook
+def test_notebook_keeps_the_conventions(path):
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    code = [c.source for c in cells if c.cell_type == "code"]
+    assert len(cells) <= 45 and text.startswith(f"# {path.stem[:2]} · ") and "**New words**" in text
+    assert [c for c in code if re.search(r"^\s*assert ", c, re.M)] == [], "a reader changes a seed"
+    hints, solutions = text.count("<summary>Hint "), text.count("<summary>Solution</summary>")
+    assert text.count("<details>") == text.count("</details>") and "<details open" not in text
+    exercises = re.findall(r"^### (?:Exercise|Design task): .* (?:●○○|●●○|●●●)$", text, re.M)
+    minutes = re.findall(r"^\*\w[\w -]* minutes\. (?:A design task\. )?Good for: ", text, re.M)
+    if path.stem[:2] != "00":
+        assert 4 <= len(exercises) <= 7 and len(minutes) == len(exercises)
+        assert hints >= 2 * solutions >= 6, "two hints before each solution"
+
+
 def test_notebooks_stay_small():
     assert NOTEBOOKS
     assert sum(path.stat().st_size for path in NOTEBOOKS) <= 8_000_000

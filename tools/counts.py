@@ -38,8 +38,8 @@ BOUNDS = {
     "library, files": 18,
     "library, lines": 5140,
     "viewer, JS and CSS": 505,
-    "tests, lines": 7850,
-    "benchmarks, lines": 1250,
+    "tests, lines": 7900,
+    "benchmarks, lines": 1_260,
 }
 """What is there now; whoever makes something smaller lowers its bound."""
 

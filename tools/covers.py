@@ -11,7 +11,12 @@ import nbformat
 ROOT = Path(__file__).parent.parent
 COVERS = {
     "growing.png": ("01_a_picture_out_of_noise", "The large shapes come first"),
+    "instead.png": ("03_forget_one_concept", "“umbrella” is to go"),
+    "race.png": ("07_who_forgets_best", "Forgetting"),
+    "own-concept.png": ("08_take_it_to_stable_diffusion", "The doodle model: “car” before"),
     "minimum.png": ("04_three_losses_one_equation", "Every direction from the solution"),
+    "erosion.png": ("05_forget_many_concepts", "Naive: things change"),
+    "finished.png": ("06_is_it_really_gone", "Noised apples"),
 }
 
 

@@ -30,10 +30,10 @@ from duge_lite import (
 )
 from duge_lite.baselines import uce
 from duge_lite.doodles.captions import prompt
-from duge_lite.doodles.draw import BACKGROUNDS, OBJECTS, STYLES, draw_scene, sample_scene
+from duge_lite.doodles.draw import BACKGROUNDS, OBJECTS, STYLES, draw, draw_scene, sample_scene
 from duge_lite.doodles.unseen import UNSEEN, unseen
 from duge_lite.evaluation import OTHER, wilson_interval
-from duge_lite.figures import KEPT, LOST, Plot, contact_sheet, word_overlay
+from duge_lite.figures import KEPT, LOST, Plot, image_grid, word_overlay
 from duge_lite.widgets import before_and_after
 
 
@@ -214,6 +214,15 @@ def judge_figures(out: Path) -> None:
     (out / "judge-base.png").write_bytes(judged_sheet(judge, rows, "60 pictures of the base model").png())
     sheet = judged_sheet(judge, forgotten_pictures(pipe), "60 pictures of six models that forgot")
     (out / "judge-forgotten.png").write_bytes(sheet.png())
+
+
+def contact_sheet(seed: int = 3) -> Plot:
+    """Every object of the doodle world in every style, as drawn (not generated)."""
+    half = (len(OBJECTS) + 1) // 2
+    parts = [(names, style) for names in (OBJECTS[:half], OBJECTS[half:]) for style in STYLES]
+    rows = [[draw(name, style, seed=seed + i) for name in names] for i, (names, style) in enumerate(parts)]
+    title = f"The doodle world: {len(OBJECTS)} objects, {len(STYLES)} styles"
+    return image_grid(rows, [style for _, style in parts], (), title, below=[names for names, _ in parts])
 
 
 def figures(out: Path) -> None:

@@ -40,6 +40,7 @@ SYNONYMS: dict[str, str] = {
     "star": "pentagram",
 }
 PLURAL = frozenset({"sunglasses", "shades"})
+OWNED = frozenset("a an the my your his her its our their this that".split())
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of {}", "a picture of {}", "a photograph of {}"),
@@ -64,8 +65,8 @@ _GROUND = (" on a {} background", " in front of a {} wall")
 
 
 def with_article(name: str) -> str:
-    """``apple`` -> ``an apple``; plural words stand alone."""
-    if name in PLURAL:
+    """``apple`` -> ``an apple``; plural words, proper names (``Van Gogh``) and ``my dog`` stand alone."""
+    if name in PLURAL or name[:1].isupper() or name.split(" ")[0] in OWNED:
         return name
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 

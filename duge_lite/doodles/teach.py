@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluation import Judge
-from ..gradient import Noised, training
+from ..gradient import Lessons, training
 from ..losses import prior_preservation_loss
 from ..models import Pictures, encode_prompts
 from .captions import TEMPLATES, caption, with_article
@@ -37,7 +37,7 @@ def cup() -> list[Part]:
 
 
 def drawings(
-    name: str, parts: Callable[[], list[Part]], count: int = 200, seed: int = 0
+    name: str, parts: Callable[[], list[Part]], count: int = 120, seed: int = 0
 ) -> tuple[list[Image.Image], list[str]]:
     """``count`` drawings of a new thing and their captions, the styles in turn, on random grounds.
 
@@ -55,14 +55,14 @@ def drawings(
     return pictures, texts
 
 
-def world_drawings(count: int = 200, seed: int = 0) -> tuple[list[Image.Image], list[str]]:
+def world_drawings(count: int = 120, seed: int = 0) -> tuple[list[Image.Image], list[str]]:
     """``count`` drawings of what the world has already, with captions: the memory of the rest."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     return [draw_scene(s, rng) for s in scenes], [caption(s, rng) for s in scenes]
 
 
-def not_it(count: int = 100, seed: int = 0) -> list[Image.Image]:
+def not_it(count: int = 60, seed: int = 0) -> list[Image.Image]:
     """What a judge must not take for the new thing: 5 x ``count`` drawings, ``count`` pictures of nothing."""
     nothing = [draw_nothing(np.random.default_rng((seed, i)))[0] for i in range(count)]
     return [*world_drawings(5 * count, seed + 1)[0], *nothing]
@@ -79,9 +79,9 @@ def teach_steps(
     pipe: StableDiffusionPipeline,
     new: Pictures,
     memory: Pictures,
-    steps: int = 160,
-    lr: float = 5e-4,
-    batch_size: int = 12,
+    steps: int = 120,
+    lr: float = 6e-4,
+    batch_size: int = 8,
     seed: int = 0,
 ) -> Iterator[float]:
     """Trains the whole denoiser in place, half of each batch ``new``, half ``memory``; yields the loss.
@@ -103,9 +103,8 @@ def teach_steps(
             latents, text = map(torch.cat, zip(some(new, half), some(memory, batch_size - half), strict=True))
             text[torch.rand(batch_size, generator=generator) < 0.1] = empty
             batch = Pictures(latents, text, ("",) * batch_size)
-            asked = Noised.of(batch, batch_size, scheduler, generator)
-            parts = (asked.noisy, asked.timesteps, asked.encoder_hidden_states, asked.truth)
-            noisy, timesteps, text, truth = (x.to(pipe.unet.device) for x in parts)
+            asked = Lessons.of(batch, batch_size, scheduler, generator)
+            noisy, timesteps, text, truth = (x.to(pipe.unet.device) for x in (*asked.inputs, *asked.wanted))
             loss = prior_preservation_loss(pipe.unet(noisy, timesteps, text).sample, truth)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
