@@ -24,6 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 lab: $(STAMP)  ## open the course in JupyterLab
+	@echo "Open 00_forget_an_apple_in_a_minute.ipynb first"
 	$(PY) -m jupyter lab notebooks $(ROOT_TOO)
 
 test: $(STAMP)  ## all tests, and every notebook executed from top to bottom

@@ -18,6 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "docs" / "live")]
 import badges  # noqa: E402
 import pack  # noqa: E402
 
+from duge_lite.viewer import explorable  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 ADDRESS = badges.repository()
 
@@ -35,6 +37,8 @@ exclude_patterns = [".*", "build", "dist", "runs", "**/.ipynb_checkpoints"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
+nb_output_stderr = "remove"  # warnings of other people's packages
+nb_render_markdown_format = "myst"  # with tables
 nb_mime_priority_overrides = [("html", "text/html", 0)]
 autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": "set"}
 autodoc_typehints = "none"  # docstrings say shapes and units
@@ -61,9 +65,9 @@ def first_page(notebook: Path) -> tuple[str, str, str, str]:
     """Title, question, picture (with its alternative text) and minutes of a chapter, from its first cell."""
     text = "".join(json.loads(notebook.read_text("utf-8"))["cells"][0]["source"])
     title = re.search(r"^# (.+)$", text, re.M)[1]
-    question = re.search(r"^\*(.+)\*$", text, re.M)
+    question = re.search(r"^\*([^*\n](?:.|\n(?!\n))+?)\*$", text, re.M)
     picture = re.search(r"!\[.*?\]\(.*?\)", text)
-    minutes = re.search(r"^\| \*\*Time\*\* \| (.+?)(;.*)? \|$", text, re.M)
+    minutes = re.search(r"^\| \*\*Time(?: to run)?\*\* \| (.+?)(;.*)? \|$", text, re.M)
     found = ((question, 1), (picture, 0), (minutes, 1))
     return title, *(match[group] if match else "" for match, group in found)
 
@@ -99,10 +103,17 @@ def fold_plumbing(text: str) -> str:
 def read_source(app, docname: str, content: list[str]) -> None:
     if docname.startswith("notebooks/"):
         content[0] = fold_plumbing(content[0])
+    if docname == "docs/explorables":
+        content[0] = re.sub("<!-- explorable (.+) -->", lambda m: raw(explorable(m[1]).data), content[0])
     if docname == root_doc:
         content[0] = content[0].replace("<!-- chapters -->", chapters())
     if docname == "docs/live":
         content[0] = pack.fill(content[0])
+
+
+def raw(text: str) -> str:
+    """HTML as it is; no line of it can end the fence."""
+    return f"``````{{raw}} html\n{text}\n``````"
 
 
 def anchor(term: str) -> str:
@@ -139,8 +150,17 @@ def link_terms(app, doctree, docname: str) -> None:
         link += node
 
 
+def mark_sources(app, doctree, docname: str) -> None:
+    """**The paper's:**, **Ours:** and **Others':** become badges."""
+    for node in doctree.findall(nodes.strong):
+        if match := re.fullmatch("(The papers?'s?|Ours|Others').*:", node.astext().replace("\u2019", "'")):
+            node["classes"] += ["whose", re.sub("[^a-z]", "", match[1].lower().removeprefix("the "))[:5]]
+
+
 def mathml(tex: str, display: str) -> str:
-    return converter.convert(tex, display=display)
+    text = converter.convert(tex, display=display)
+    # what stands over an arrow: browsers know no mpadded that adds to a width
+    return re.sub("<mpadded[^>]*>(.*?)<mspace[^>]*/></mpadded>", r'<mrow class="over">\1</mrow>', text)
 
 
 def inline_math(writer, node) -> None:
@@ -175,5 +195,6 @@ def setup(app) -> None:
     )
     app.connect("source-read", read_source)
     app.connect("doctree-resolved", link_terms)
+    app.connect("doctree-resolved", mark_sources)
     app.connect("build-finished", add_front_door)
     app.connect("build-finished", add_live_page)

@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from .models import data_dir
+from .models import course_dir, data_dir
 
 
 def copy_notebooks(folder: Path) -> list[Path]:
@@ -13,8 +13,7 @@ def copy_notebooks(folder: Path) -> list[Path]:
     Returns the notebooks' new paths. Raises FileExistsError, before anything is written, where one of them
     is there already: it may hold somebody's work.
     """
-    packaged = data_dir() / "course"
-    source = packaged if packaged.is_dir() else data_dir().parent
+    source = course_dir()
     notebooks = {path: folder / "notebooks" / path.name for path in sorted(source.glob("notebooks/*.ipynb"))}
     if there := [str(target) for target in notebooks.values() if target.exists()]:
         raise FileExistsError(f"{there[0]} is there already; choose another folder, or move it away.")

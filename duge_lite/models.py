@@ -139,6 +139,12 @@ def results_dir() -> Path:
     return packaged if packaged.is_dir() else data_dir().parent / "benchmarks" / "results"
 
 
+def course_dir() -> Path:
+    """The folder of ``notebooks/`` and ``docs/``: inside an installed package, or the checkout."""
+    packaged = data_dir() / "course"
+    return packaged if packaged.is_dir() else data_dir().parent
+
+
 def default_device() -> torch.device:
     """CUDA, else Apple's MPS, else the CPU; of several launched processes each has its own."""
     if state := launched():

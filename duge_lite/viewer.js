@@ -1,12 +1,6 @@
 // The attention viewer. `DATA`, `CSS` and `ID` are filled in by viewer.py; nothing is fetched.
 (() => {
   "use strict";
-  const el = (tag, props = {}, ...children) => {
-    const node = Object.assign(document.createElement(tag), props);
-    for (const [k, v] of Object.entries(props)) if (k.includes("-") || k === "role") node.setAttribute(k, v);
-    node.append(...children);
-    return node;
-  };
   const percent = (x) => (100 * x).toFixed(x < 0.0095 ? 2 : x < 0.0995 ? 1 : 0) + " %";
   const clamp = (x, lo, hi) => Math.min(hi, Math.max(lo, x));
 

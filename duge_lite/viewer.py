@@ -1,4 +1,4 @@
-"""The attention viewer, and a slider of pictures: self-contained HTML, shown wherever a notebook is shown.
+"""The attention viewer, and pictures under sliders: self-contained HTML, shown wherever a notebook is shown.
 
 A trace shows itself by it, and :func:`compare` shows two. The page fetches nothing: pictures and maps travel
 as PNG inside the HTML, and one script (``viewer.js``) puts the controls into a shadow root, so that the
@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 import matplotlib
@@ -25,6 +25,7 @@ from IPython.display import HTML
 from PIL import Image
 
 from .attention import AttentionTrace
+from .models import course_dir
 
 BUDGET = 900_000  # numbers that the maps of one page may hold, a byte each before compression
 COLORS = "inferno"  # perceptually even: equal steps of attention look equally far apart, also in grey
@@ -48,30 +49,73 @@ def image_html(picture: bytes | Image.Image, alt: str, style: str = "max-width: 
 
 
 class Slides(HTML):
-    """Pictures (PNG bytes) under a slider, each with a label that says in words what it shows.
+    """Pictures under controls, each with a label that says in words what it shows.
+
+    Args:
+        pictures: one for each state: PNG or WebP bytes, an image, or rows of small pictures, by heading:
+            (caption, picture, share), where a share from 0 to 1 is drawn as a bar and None is none.
+        labels: a sentence for each state.
+        controls: by name what can be chosen; words are buttons, numbers lie under a slider. The states are
+            all combinations, the last control changing fastest. By default one slider.
+        start: the state that is shown first.
 
     The kernel is not needed: it works in an exported notebook; without scripts the first picture remains.
     """
 
-    def __init__(self, pictures: Sequence[bytes], labels: Sequence[str], title: str = "") -> None:
-        shown = ["block", *["none"] * (len(labels) - 1)]
-        images = "".join(
-            image_html(picture, label, f"max-width: 100%; display: {display}")
-            for picture, label, display in zip(pictures, labels, shown, strict=True)
-        )
-        title, first = html.escape(title), html.escape(labels[0])
-        act = (
-            "const box = this.closest('[data-duge-slides]'), all = box.querySelectorAll('img');"
-            "all.forEach((image, i) => { image.style.display = i == this.value ? 'block' : 'none'; });"
-            "box.querySelector('output').textContent = all[this.value].alt;"
-            "this.setAttribute('aria-valuetext', all[this.value].alt);"
-        )
-        super().__init__(
-            f"<div data-duge-slides {OURS}><p><b>{title}</b></p>"
-            f'<input type="range" min="0" max="{len(labels) - 1}" value="0" style="width: min(28em, 90%)" '
-            f'aria-label="{title or "picture"}" aria-valuetext="{first}" oninput="{act}">'
-            f"<div><output>{first}</output></div>{images}</div>"
-        )
+    def __init__(
+        self,
+        pictures: Sequence[bytes | Image.Image | Mapping[str, Sequence[tuple]]],
+        labels: Sequence[str],
+        title: str = "",
+        controls: Mapping[str, Sequence[str | float]] | None = None,
+        start: int = 0,
+    ) -> None:
+        alone = controls is None  # the sentence says it all
+        controls = controls or {title or "picture": range(len(labels))}
+        if not len(pictures) == len(labels) == math.prod(map(len, controls.values())):
+            raise ValueError(f"{len(pictures)} pictures, {len(labels)} labels: expected one for each state")
+        frames = [p if isinstance(p, Mapping) else {"": [("", p, None)]} for p in pictures]
+        known: dict[str, int] = {}
+        rows = [
+            [
+                (head, [(c, known.setdefault(_uri(p), len(known)), s) for c, p, s in tiles])
+                for head, tiles in f.items()
+            ]
+            for f in frames
+        ]
+        first = np.unravel_index(start, [len(values) for values in controls.values()])
+
+        def said(value: str | float) -> str:
+            return value if isinstance(value, str) else np.format_float_positional(value, trim="-")
+
+        told = [
+            {"name": name, "words": isinstance(values[0], str), "start": int(k),
+             "values": ["" if alone else said(v) for v in values]}
+            for (name, values), k in zip(controls.items(), first, strict=True)
+        ]  # fmt: skip
+        data = {
+            "title": "" if alone else title,
+            "labels": list(labels),
+            "controls": told,
+            "frames": rows,
+            "pictures": list(known),
+        }
+        shown = "".join(
+            image_html(p, f"{head}: {caption}" if caption else labels[start])
+            for head, tiles in frames[start].items() for caption, p, _ in tiles
+        )  # fmt: skip
+        text = f"<p><b>{html.escape(title)}</b></p><p>{html.escape(labels[start])}</p>{shown}"
+        super().__init__(_page("slides", data, text))
+
+
+def explorable(name: str) -> HTML:
+    """What docs/explorables/ holds under ``name``, to play with: ``duge.viewer.explorable("prior")``."""
+    folder = course_dir() / "docs" / "explorables"
+    if not (folder / f"{name}.html").is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.html")))
+        raise ValueError(f"explorable {name!r}: expected one of {known}")
+    page = (folder / f"{name}.html").read_text("utf-8")
+    return HTML(page[page.index("<div data-duge-slides") :])
 
 
 def layer_label(name: str) -> str:
@@ -122,8 +166,8 @@ def _layers(
 
 
 def _uri(picture: bytes | Image.Image, side: int = 512) -> str:
-    """A small picture exactly (PNG), a large one smaller and compressed."""
-    kind = "png"
+    """A small picture exactly (PNG), a large one smaller and compressed; bytes as they are."""
+    kind = "webp" if isinstance(picture, bytes) and picture.startswith(b"RIFF") else "png"
     if isinstance(picture, Image.Image):
         buffer, large = io.BytesIO(), picture.mode == "RGB" and max(picture.size) > 128
         if large:
@@ -187,14 +231,19 @@ def viewer_html(traces: Sequence[AttentionTrace], labels: Sequence[str] = ("",))
         image_html(t.image.convert("RGB"), f"{label} picture drawn from: {t.prompt}".strip(), "width: 256px")
         for t, label in zip(traces, labels, strict=True)
     )
-    ident = hashlib.sha256((json.dumps(data) + pictures).encode()).hexdigest()[:16]
-    css, js = (files(__package__).joinpath(f"viewer.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    text = f"<p><b>{html.escape(traces[0].prompt)}</b></p>{pictures}"
+    return _page("viewer", data, text + "<p>Run this cell to see where each word looks.</p>")
+
+
+def _page(kind: str, data: Mapping[str, object], without: str) -> str:
+    """What is there ``without`` scripts, and the script that puts controls in its place."""
+    name, ident = {"viewer": "duge", "slides": "duge-slides"}[kind], _script(data) + without
+    ident = hashlib.sha256(ident.encode()).hexdigest()[:16]
+    names = f"{kind}.css", "element.js", f"{kind}.js"
+    css, *parts = (files(__package__).joinpath(file).read_text("utf-8") for file in names)
     given = f"const ID = {_script(ident)}, DATA = {_script(data)};\nconst CSS = {_script(css)};"
-    return (
-        f'<div data-duge="{ident}" {OURS}><p><b>{html.escape(traces[0].prompt)}</b></p>{pictures}'
-        "<p>Run this cell to see where each word looks.</p></div>"
-        f"<script>(() => {{\n{given}\n{js}\n}})();</script>"
-    )
+    js = "\n".join([given, *parts])
+    return f'<div data-{name}="{ident}" {OURS}>{without}</div><script>(() => {{\n{js}\n}})();</script>'
 
 
 def _script(value: object) -> str:

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PENDING: tuple[str, ...] = ()
+EXPLORABLES = sorted((ROOT / "docs" / "explorables").glob("*.html"))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,8 @@ def test_plumbing_is_folded_and_the_size_is_kept(book, pages):
         folded = pages[path].select("details.hide")
         assert any("%pip install" in cell.text for cell in folded), path.name
         assert not pages[path].select("details[open]"), path.name
+        assert "|---" not in pages[path].text, f"{path.name}: a table of an output is drawn as one"
+        assert pages[path].select("strong.whose.ours"), path.name
     sizes = {path: path.stat().st_size for path in book.rglob("*") if path.is_file()}
     live = sum(size for path, size in sizes.items() if path.parent == book / "docs" / "live")
     assert 10_000_000 < live <= 30_000_000, "the model in docs/live.md"
@@ -109,15 +112,82 @@ def test_pages_in_a_browser_without_a_network(book):
                     cell = page.locator("details.hide").first
                     cell.locator("summary").click()
                     assert cell.locator("pre").first.is_visible()
-                    slider, said = (
-                        page.locator("[data-duge-slides] input"),
-                        page.locator("[data-duge-slides] output"),
-                    )
-                    if slider.count():
-                        first = said.first.inner_text()
-                        slider.first.press("End")
-                        assert said.first.inner_text() != first
+                    assert page.locator("strong.whose.ours").count()
                 page.close()
         browser.close()
     assert wanted == []
     assert [fault for fault in faults if "ERR_FILE_NOT_FOUND" not in fault] == []
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def play(page, host) -> int:
+    """Moves every control by mouse and by keys; returns how often the sentence changed."""
+
+    def state() -> tuple[str, tuple[str, ...]]:
+        alts = host.locator("section img").evaluate_all("images => images.map(i => i.alt)")
+        assert all(alts)
+        return host.locator("output").inner_text(), tuple(alts)
+
+    seen, moves = [state()], 0
+    for slider in host.locator("input[type=range]").all():
+        box = slider.bounding_box()
+        for key in ("mouse", "End", "Home", "ArrowRight"):
+            if key == "mouse":
+                page.mouse.click(box["x"] + box["width"] * 0.7, box["y"] + box["height"] / 2)
+            else:
+                slider.press(key)
+            seen.append(state())
+        assert slider.get_attribute("aria-valuetext")
+    for group in host.get_by_role("radiogroup").all():
+        group.get_by_role("radio").last.check()
+        seen.append(state())
+        page.keyboard.press("ArrowLeft")
+        seen.append(state())
+        assert group.get_by_role("radio").nth(-2).is_checked()
+    for before, after in zip(seen, seen[1:], strict=False):
+        moves += before[0] != after[0]
+    assert len({alts for _, alts in seen}) > 1, "what is told to who cannot see follows the state"
+    return moves
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("path", EXPLORABLES, ids=lambda path: path.stem)
+def test_an_explorable_by_mouse_and_keys(chromium, path):
+    for width, scheme in ((1000, "light"), (400, "dark")):
+        context = chromium.new_context(
+            offline=True, viewport={"width": width, "height": 900}, color_scheme=scheme
+        )
+        page, faults, wanted = context.new_page(), [], []
+        page.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
+        page.on("console", lambda m, faults=faults: faults.append(m.text))
+        page.on("request", lambda r, wanted=wanted: wanted.append(r.url))
+        page.goto(path.as_uri())
+        assert play(page, page.locator("[data-duge-slides]")) >= 2
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert [u for u in wanted if not u.startswith(("data:", "file:"))] == faults == []
+        context.close()
+
+
+@pytest.mark.browser
+def test_all_explorables_on_their_page(chromium, book):
+    context = chromium.new_context(offline=True, viewport={"width": 400, "height": 900})
+    page = context.new_page()
+    page.goto((book / "docs" / "explorables.html").as_uri())
+    hosts = page.locator("[data-duge-slides]")
+    hosts.last.locator("section").wait_for(timeout=60_000)
+    assert hosts.count() == len(EXPLORABLES) == 5
+    for host in hosts.all():
+        assert play(page, host) >= 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    context.close()

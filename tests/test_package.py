@@ -26,6 +26,7 @@ import counts  # noqa: E402
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WEIGHTS = [p for p in (ROOT / "data").rglob("*.safetensors") if ".training" not in p.parts]
+EXPLORABLES = sorted((ROOT / "docs/explorables").glob("*.html"))
 EXTRAS = PROJECT["optional-dependencies"]
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -205,6 +206,10 @@ def test_weights_stay_small():
     assert sum(path.stat().st_size for path in WEIGHTS) <= 40_000_000
 
 
+def test_explorables_stay_small():
+    assert EXPLORABLES and max(path.stat().st_size for path in EXPLORABLES) <= 1_500_000
+
+
 @pytest.mark.slow
 def test_wheel_carries_data(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
@@ -216,7 +221,8 @@ def test_wheel_carries_data(tmp_path):
     assert {f"duge_lite/{path.relative_to(ROOT).as_posix()}" for path in WEIGHTS} <= names
     assert not [n for n in names if ".training" in n or n.startswith(("data/", "tests/", "notebooks/"))]
     assert {f"duge_lite/data/course/notebooks/{path.name}" for path in NOTEBOOKS} <= names
-    assert "duge_lite/data/course/docs/glossary.md" in names
+    pages = ["glossary.md", *(f"explorables/{path.name}" for path in EXPLORABLES)]
+    assert {f"duge_lite/data/course/docs/{page}" for page in pages} <= names
 
 
 def test_the_course_can_be_copied_and_nothing_is_overwritten(tmp_path, capsys):

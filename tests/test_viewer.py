@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from duge_lite.attention import AttentionTrace, Token, read_tokens
-from duge_lite.viewer import Slides, compare, layer_label
+from duge_lite.viewer import Slides, compare, explorable, layer_label
 
 DOODLE_LAYERS = {
     "down_blocks.0.attentions.0": 16,
@@ -162,13 +162,37 @@ def test_layers_of_one_block_and_heads_are_averaged(tokenizer):
     assert layer_label("mid_block.attentions.0.transformer_blocks.9.attn2") == "mid"
 
 
-def test_slides_work_without_a_kernel(tokenizer):
-    """Each frame with its label as alternative text; the first is shown; text is escaped."""
-    reader = Reader(Slides([b"one", b"two"], [NASTY, "second"], "A <b>title</b>").data)
-    images = [attributes for tag, attributes in reader.tags if tag == "img"]
-    assert [i["alt"] for i in images] == [NASTY, "second"]
-    assert [i["style"].split()[-1] for i in images] == ["block", "none"]
-    assert [base64.b64decode(i["src"].split(",")[1]) for i in images] == [b"one", b"two"]
-    (slider,) = [attributes for tag, attributes in reader.tags if tag == "input"]
-    assert slider["max"] == "1" and slider["aria-label"] == "A <b>title</b>" in reader.text
-    assert not reader.scripts and [tag for tag, _ in reader.tags].count("script") == 0
+def test_slides_travel_with_all_states(tokenizer):
+    """Without scripts the first remains, with its label; text is escaped; equal pictures travel once."""
+    reader = Reader(
+        page := Slides([b"one", b"two", b"one"], [NASTY, "second", "third"], "A <b>title</b>").data
+    )
+    (image,) = [attributes for tag, attributes in reader.tags if tag == "img"]
+    assert image["alt"] == NASTY and base64.b64decode(image["src"].split(",")[1]) == b"one"
+    assert "A <b>title</b>" in reader.text and [tag for tag, _ in reader.tags].count("script") == 1
+    data = payload(page)
+    assert [row[0][1][0][1] for row in data["frames"]] == [0, 1, 0] and len(data["pictures"]) == 2
+    assert data["controls"] == [
+        {"name": "A <b>title</b>", "words": False, "start": 0, "values": ["", "", ""]}
+    ]
+
+
+def test_slides_have_a_state_for_each_choice():
+    rows = [{"head": [(f"picture {i}", b"RIFF" + bytes([i]), i / 6)]} for i in range(6)]
+    controls = {"method": ("a", "b"), "weight": (0.1, 1.0, 1e4)}
+    page = Slides(rows, [f"state {i}" for i in range(6)], "Title", controls, start=4).data
+    data, reader = payload(page), Reader(page)
+    assert [(c["words"], c["start"], c["values"]) for c in data["controls"]] == [
+        (True, 1, ["a", "b"]), (False, 1, ["0.1", "1", "10000"])
+    ]  # fmt: skip
+    assert data["frames"][4] == [["head", [["picture 4", 4, 4 / 6]]]] and "state 4" in reader.text
+    assert [a["alt"] for tag, a in reader.tags if tag == "img"] == ["head: picture 4"]
+    assert data["pictures"][0].startswith("data:image/webp")
+    with pytest.raises(ValueError, match="6 pictures, 5 labels"):
+        Slides(rows, ["x"] * 5, "Title", controls)
+
+
+def test_an_explorable_can_be_shown():
+    with pytest.raises(ValueError, match="expected one of .*prior"):
+        explorable("nothing")
+    assert explorable("prior").data.startswith("<div data-duge-slides=")

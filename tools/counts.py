@@ -36,9 +36,9 @@ AIMS = {
 }
 BOUNDS = {
     "library, files": 18,
-    "library, lines": 5100,
-    "viewer, JS and CSS": 450,
-    "tests, lines": 7800,
+    "library, lines": 5140,
+    "viewer, JS and CSS": 505,
+    "tests, lines": 7900,
     "benchmarks, lines": 1_260,
 }
 """What is there now; whoever makes something smaller lowers its bound."""
