@@ -163,3 +163,22 @@ def test_words_noise_and_the_slow_product_are_the_same(page, pack, pipe):
     drawn = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(11)).flatten().numpy()
     np.testing.assert_allclose(found["noise"], drawn, atol=1e-5)
     np.testing.assert_allclose(found["JavaScript"], found["WebAssembly"], atol=1e-4)
+
+
+def test_words_are_listened_to_where_the_trace_says(page, pack, pipe):
+    prompt = "a photo of a backpack next to a house"  # a word of two tokens, a word that comes twice
+    page.add_script_tag(path=ROOT / "build" / "live" / pack.digest() / "model.js")
+    found = page.evaluate(
+        """([prompt, seed]) => {
+          const { data, ...about } = window.dugeLive.model, engine = dugeEngine(false);
+          engine.load(data); engine.setTokenizer(about);
+          let last;
+          for (last of engine.sample(prompt, seed, 3, 4));
+          return Object.entries(last.maps).map(([word, map]) => [word, [...map]]);
+        }""",
+        [prompt, 3],
+    )
+    trace = duge.trace(pipe, prompt, seed=3, num_inference_steps=3)
+    assert [word for word, _ in found] == list(dict.fromkeys(trace.words))
+    for word, values in found:
+        np.testing.assert_allclose(values, trace.word(word).ravel(), atol=1e-3)

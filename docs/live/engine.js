@@ -170,7 +170,8 @@ function dugeEngine(plain) {
   }
 
   /* What the heads say: q [C, N] asks k, v [C, T]. `causal`: a word hears only itself and those before it. */
-  function attend(q, k, v, C, N, T, heads, causal) {
+  let heard = null; // while a picture is drawn: by number of places, what each token is listened to, [24, N]
+  function attend(q, k, v, C, N, T, heads, causal, into = null) {
     const d = C / heads, out = take(C * N), scale = 1 / Math.sqrt(d);
     within(() => {
       const kT = take(T * d), maps = take(T * N), most = new Float32Array(N), sums = new Float32Array(N);
@@ -187,6 +188,7 @@ function dugeEngine(plain) {
           }
         }
         for (let i = maps, t = 0; t < T; t++) for (let j = 0; j < N; j++, i++) sums[j] += F[i] = Math.exp(F[i] - most[j]);
+        if (into) for (let i = maps, t = 0; t < T; t++) for (let j = 0; j < N; j++, i++) into[N][t * N + j] += F[i] / sums[j];
         const said = mul(v + from * T, maps, d, T, N, 0, out + from * N);
         for (let i = said, c = 0; c < d; c++) for (let j = 0; j < N; j++, i++) F[i] /= sums[j];
       }
@@ -201,20 +203,20 @@ function dugeEngine(plain) {
   }
   const wordsOf = (prompt) => prompt.normalize("NFC").toLowerCase().match(/'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+/gu) || [];
   const unknown = (prompt) => wordsOf(prompt).filter((word) => !bpe.words.has(word));
-  function tokens(prompt) {
-    const ids = [];
-    for (const word of wordsOf(prompt)) {
-      const parts = [...word];
-      parts[parts.length - 1] += "</w>";
-      for (;;) { // join the pair that was learned first
-        const rank = (i) => bpe.ranks.get(parts[i] + " " + parts[i + 1]) ?? Infinity;
-        let best = 0;
-        for (let i = 1; i < parts.length - 1; i++) if (rank(i) < rank(best)) best = i;
-        if (parts.length < 2 || rank(best) === Infinity) break;
-        parts.splice(best, 2, parts[best] + parts[best + 1]);
-      }
-      ids.push(...parts.map((part) => bpe.vocab[part]));
+  function pieces(word) {
+    const parts = [...word];
+    parts[parts.length - 1] += "</w>";
+    for (;;) { // join the pair that was learned first
+      const rank = (i) => bpe.ranks.get(parts[i] + " " + parts[i + 1]) ?? Infinity;
+      let best = 0;
+      for (let i = 1; i < parts.length - 1; i++) if (rank(i) < rank(best)) best = i;
+      if (parts.length < 2 || rank(best) === Infinity) break;
+      parts.splice(best, 2, parts[best] + parts[best + 1]);
     }
+    return parts.map((part) => bpe.vocab[part]);
+  }
+  function tokens(prompt) {
+    const ids = wordsOf(prompt).flatMap(pieces);
     const start = bpe.vocab["<|startoftext|>"], end = bpe.vocab["<|endoftext|>"], T = shapes["text.embeddings.position_embedding.weight"][0];
     return [start, ...ids.slice(0, T - 2), ...Array(T).fill(end)].slice(0, T);
   }
@@ -265,7 +267,7 @@ function dugeEngine(plain) {
       const own = layerNorm(h, block + (which === "attn1" ? "norm1" : "norm2"), N);
       const [other, M] = which === "attn1" ? [own, N] : [text, T];
       const q = linear(own, block + which + ".to_q", N), k = linear(other, block + which + ".to_k", M), v = linear(other, block + which + ".to_v", M);
-      add(h, linear(attend(q, k, v, C, N, M, 4, false), block + which + ".to_out.0", N), C * N);
+      add(h, linear(attend(q, k, v, C, N, M, 4, false, which === "attn2" ? heard : null), block + which + ".to_out.0", N), C * N);
     }
     const both = linear(layerNorm(h, block + "norm3", N), block + "ff.net.0.proj", N), wideN = 4 * C * N;
     for (let i = 0; i < wideN; i++) { const gate = F[both + wideN + i]; F[both + i] *= 0.5 * gate * (1 + erf(gate * Math.SQRT1_2)); }
@@ -359,8 +361,25 @@ function dugeEngine(plain) {
     return out;
   }
 
+  /* Where each word was listened to, as `trace.word` says it: the mean over heads, layers and steps, 16 x 16; coarse maps
+     are enlarged between their places. A word that comes twice counts once. */
+  function mapsOf(prompt, { 64: coarse, 256: fine }, steps) {
+    const near = (v) => { const f = (v + 0.5) / 2 - 0.5, i = Math.floor(f); return [Math.max(i, 0), Math.min(i + 1, 7), f - i]; };
+    const found = {};
+    let at = 1;
+    for (const word of wordsOf(prompt)) {
+      const map = (found[word] ||= new Float32Array(256));
+      for (const end = Math.min(at + pieces(word).length, 23); at < end; at++) for (let i = 0; i < 256; i++) {
+        const [y, below, down] = near(i >> 4), [x, beside, right] = near(i & 15), place = (r, c) => coarse[at * 64 + 8 * r + c];
+        const upper = place(y, x) * (1 - right) + place(y, beside) * right, lower = place(below, x) * (1 - right) + place(below, beside) * right;
+        map[i] += (fine[at * 256 + i] + upper * (1 - down) + lower * down) / (7 * 4 * steps); // layers, heads
+      }
+    }
+    return found;
+  }
+
   /* DPM-Solver++ (second order, midpoint), as the pipeline's scheduler does it. At each step it yields what the model
-     takes for the finished picture by then (latents); the last one is the picture. */
+     takes for the finished picture by then (latents; the last ones are the picture), and where the words were listened to so far. */
   function* sample(prompt, seed, steps, guidance) {
     const alphas = [], from = Math.sqrt(0.00085), to = Math.sqrt(0.012);
     for (let i = 0, product = 1; i < 1000; i++) alphas.push(product *= 1 - (from + (i / 999) * (to - from)) ** 2);
@@ -368,16 +387,20 @@ function dugeEngine(plain) {
     const sigma = [...times.map((t) => Math.sqrt((1 - alphas[t]) / alphas[t])), 0]; // noise, as a share of the picture
     const alpha = sigma.map((s) => 1 / Math.sqrt(s * s + 1)), lambda = sigma.map((s) => -Math.log(s));
     const x = noise(seed), asked = encode(prompt), nothing = encode("");
+    const listened = { 64: new Float32Array(24 * 64), 256: new Float32Array(24 * 256) };
     let before = null;
     for (let i = 0; i < steps; i++) {
-      const eps = denoise(x, times[i], asked), free = denoise(x, times[i], nothing);
+      heard = listened;
+      const eps = denoise(x, times[i], asked);
+      heard = null;
+      const free = denoise(x, times[i], nothing);
       const clean = x.map((v, k) => v / alpha[i] - sigma[i] * (free[k] + guidance * (eps[k] - free[k])));
       const h = lambda[i + 1] - lambda[i], grow = alpha[i + 1] * (1 - Math.exp(-h));
       const ahead = before && i < steps - 1 ? (0.5 * h) / (lambda[i] - lambda[i - 1]) : 0;
       const keep = (sigma[i + 1] * alpha[i + 1]) / (sigma[i] * alpha[i]);
       for (let k = 0; k < x.length; k++) x[k] = keep * x[k] + grow * (clean[k] + (ahead ? ahead * (clean[k] - before[k]) : 0));
       before = clean;
-      yield clean;
+      yield { clean, maps: mapsOf(prompt, listened, i + 1) };
     }
   }
 

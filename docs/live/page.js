@@ -35,10 +35,12 @@ function dugeHost(makeEngine, say, plain) {
       for (let step = 1; step <= steps; step++) for (const [which, { weights, pictures, drawing }] of models.entries()) {
         if (drawing) { // step by step in turn, each with its own weights
           engine.use(weights);
-          pictures.push(engine.decode(drawing.next().value));
+          const { clean, maps } = drawing.next().value;
+          pictures.push([engine.decode(clean), maps]);
           await breathe();
         }
-        say({ picture: pictures[step - 1], which, step });
+        const [picture, maps] = pictures[step - 1];
+        say({ picture, maps, which, step });
       }
       return { solved, ms: Date.now() - started, means: engine.means() };
     },
@@ -111,12 +113,14 @@ function dugeHost(makeEngine, say, plain) {
     const figure = document.createElement("figure"), big = document.createElement("canvas"), strip = document.createElement("div");
     const caption = document.createElement("figcaption");
     caption.textContent = title;
+    const words = document.createElement("div");
     strip.className = "live-strip";
-    figure.append(caption, big, strip);
+    words.className = "live-words";
+    figure.append(caption, big, strip, words);
     shown.append(figure);
     big.width = big.height = 64;
     big.setAttribute("role", "img");
-    return (pixels, step) => {
+    return (pixels, step, maps) => {
       const small = document.createElement("canvas");
       small.width = small.height = 64;
       small.setAttribute("aria-hidden", "true");
@@ -124,7 +128,26 @@ function dugeHost(makeEngine, say, plain) {
       strip.append(small);
       for (const canvas of [big, small]) canvas.getContext("2d").putImageData(new ImageData(pixels, 64, 64), 0, 0);
       big.setAttribute("aria-label", `${prompt}, ${title}, step ${step} of ${steps}`);
+      const parking = new Set("a an the of to in on and next".split(" ")); // they are parking places, and would outshine all others
+      const told = Object.entries(maps).filter(([word]) => !parking.has(word));
+      const most = Math.max(...told.map(([, map]) => Math.max(...map))); // one scale for all words
+      words.replaceChildren(...told.map(([word, map]) => heat(word, map, most, pixels)));
     };
+  }
+
+  function heat(word, map, most, pixels) { // the picture in grey, and in orange where the word was listened to
+    const tile = document.createElement("span"), canvas = document.createElement("canvas"), out = new Uint8ClampedArray(pixels);
+    for (let i = 0; i < 4096; i++) {
+      const hot = (0.9 * map[16 * (i >> 8) + ((i & 63) >> 2)]) / most;
+      const grey = 0.3 * pixels[4 * i] + 0.59 * pixels[4 * i + 1] + 0.11 * pixels[4 * i + 2];
+      [255, 120, 0].forEach((colour, k) => { out[4 * i + k] = grey * (1 - hot) + colour * hot; });
+    }
+    canvas.width = canvas.height = 64;
+    canvas.getContext("2d").putImageData(new ImageData(out, 64, 64), 0, 0);
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `where "${word}" is listened to: at most ${(100 * Math.max(...map)).toFixed(0)} % of a place's attention`);
+    tile.append(canvas, word);
+    return tile;
   }
 
   async function draw() {
@@ -148,9 +171,9 @@ function dugeHost(makeEngine, say, plain) {
     bar.max = count + (names.length ? 7 : 0);
     bar.value = 0;
     bar.hidden = false;
-    seen = ({ layer, picture, which, step }) => {
+    seen = ({ layer, picture, maps, which, step }) => {
       if (layer || which === 0) bar.value = layer || step + (names.length ? 7 : 0);
-      if (picture) frames[which](picture, step);
+      if (picture) frames[which](picture, step, maps);
     };
     const took = await ask("draw", { prompt: text, seed: first, steps: count, guidance: 4, forget: names });
     const solved = took.solved > 50 ? `, ${(took.solved / 1000).toFixed(1)} of them to forget` : "";
