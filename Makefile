@@ -56,6 +56,7 @@ badges: $(STAMP)  ## stamp the repository's address (pyproject.toml) into the no
 
 book: $(STAMP)  ## the course as web pages in build/book/, from the notebooks as committed
 	@$(PY) -m sphinx -q -c docs -d build/.doctrees . build/book
+	@du -sh build/book build/book/docs/live docs/explorables
 	@echo "Open build/book/index.html"
 
 lint: $(STAMP)  ## style and formatting
