@@ -38,7 +38,7 @@ BOUNDS = {
     "library, files": 18,
     "library, lines": 5140,
     "viewer, JS and CSS": 505,
-    "tests, lines": 8_320,
+    "tests, lines": 8_340,
     "benchmarks, lines": 1_260,
 }
 """What is there now; whoever makes something smaller lowers its bound."""
