@@ -74,6 +74,7 @@ def methods() -> dict[str, Method]:
         OURS: Method(UnlearnConfig()),
         "solved, values": Method(UnlearnConfig(solve="values", eta=0.0)),
         "solved, nameless": Method(UnlearnConfig(instead="nameless", eta=0.5)),
+        "solved, star": Method(UnlearnConfig(instead="star")),
         GRADIENT: Method(gradient),
         "  without attention": Method(replace(gradient, lambda_attention=0.0)),
         "  without prior": Method(replace(gradient, lambda_prior=0.0)),
