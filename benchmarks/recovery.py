@@ -42,6 +42,7 @@ from duge_lite.evaluation import wilson_interval
 from duge_lite.models import Pictures
 
 METHODS = (BASE, OURS, GRADIENT, "UCE", "UCE, styled, ridge 0.01", "ESD-x", ORACLE)
+METHODS += ("concept ablation, nearest",)
 GROUNDS = list(BACKGROUNDS)
 AFTER, GAIN = "after twelve: ", "classifier: gain of the name"
 COUNT = 10  # pictures of most probes, a turn
