@@ -275,7 +275,7 @@ def summarise_sweep(cells: Cells, base: Cells) -> None:
         mine = points[[n.split()[0] == setting for n in points.index]]
         one.plot(mine["cpu s"], mine.quality, mark, ms=14 if mark == "*" else 7, label=setting, ls="")
         for name, (x, y) in mine[(mine.quality < 1) | (mine.index.str.contains("steps"))].iterrows():
-            one.annotate(name.replace("num_inference_steps ", ""), (x, y), (5, -12), textcoords="offset points", fontsize=7)
+            one.annotate(name.split("steps ")[-1], (x, y), (5, -12), textcoords="offset points", fontsize=7)
     one.legend(fontsize=8, loc="lower right")
     labels = "processor seconds of a first request", "the worst of seven shares"
     figures._tidy(one, "", *labels)
