@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import pandas as pd
@@ -27,7 +26,7 @@ from .errors import DivergedError
 from .evaluation import Judge, check_countable, choices, wilson_interval
 from .gradient import Lessons, rounded, training
 from .losses import prior_preservation_loss
-from .models import Pictures, encode_prompts, overwrite, sample
+from .models import Pictures, encode_prompts, overwrite, sample, shown
 
 PLACEHOLDER = "x"
 """The word that inversion gives a new meaning: in CLIP's vocabularies every letter is a token."""
@@ -291,11 +290,13 @@ def _noised(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed:
     return Lessons.of(pictures, count, scheduler, torch.Generator().manual_seed(seed))
 
 
-def _batches(pipe: StableDiffusionPipeline, pictures: Pictures, size: int, seed: int) -> Iterator[Lessons]:
-    """Batches of noisy ``pictures``, without end; wanted is the noise, (size, 4, h, w)."""
+def _batches(
+    pipe: StableDiffusionPipeline, pictures: Pictures, size: int, seed: int, steps: int
+) -> Iterator[tuple[int, Lessons]]:
+    """Numbered batches of noisy ``pictures``, from 1; wanted is the noise, (size, 4, h, w)."""
     lessons, generator = _noised(pipe, pictures, 256, seed), torch.Generator().manual_seed(seed + 1)
-    while True:
-        yield lessons.batch(size, generator, pipe.unet.device)
+    for step in shown(range(1, steps + 1), "attacking"):
+        yield step, lessons.batch(size, generator, pipe.unet.device)
 
 
 @torch.no_grad()
@@ -398,7 +399,7 @@ def invert_steps(
     asked = _renamed(pipe, concept, pictures, captions.with_article(PLACEHOLDER))
     vector = pipe.text_encoder.get_input_embeddings().weight.detach().float().mean(0).requires_grad_()
     optimizer, scaler = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0), _scaler(pipe)
-    for step, batch in enumerate(islice(_batches(pipe, asked, batch_size, seed), steps), 1):
+    for step, batch in _batches(pipe, asked, batch_size, seed, steps):
         with _mixed(pipe):
             loss = _loss(pipe, batch, vector)
         (vector.grad,) = torch.autograd.grad(scaler.scale(loss), [vector])
@@ -433,7 +434,7 @@ def search_steps(
     alone, own = read(texts, add_special_tokens=False).input_ids, read(concept).input_ids
     usable = torch.tensor([i for i, ids in enumerate(alone) if ids == [i] and i not in own]).to(table.device)
     chosen = usable[torch.randint(len(usable), (words,), generator=lots)]  # (W,)
-    for step, batch in enumerate(islice(_batches(pipe, asked, batch_size, seed), steps), 1):
+    for step, batch in _batches(pipe, asked, batch_size, seed, steps):
         vectors = table[chosen].requires_grad_()
         with _mixed(pipe):
             loss = _loss(pipe, batch, vectors)
@@ -469,7 +470,7 @@ def relearn_steps(
     with training(pipe.unet, trained):
         optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
         try:
-            for step, batch in enumerate(islice(_batches(pipe, pictures, batch_size, seed), steps), 1):
+            for step, batch in _batches(pipe, pictures, batch_size, seed, steps):
                 with mixed:
                     loss = _loss(pipe, batch)
                 optimizer.zero_grad(set_to_none=True)

@@ -349,7 +349,7 @@ def test_inversion_goes_downhill(tiny_pipe, pictures):
     first = tiny_pipe.text_encoder.get_input_embeddings().weight.detach().mean(0)
     (state,) = attacks.invert_steps(tiny_pipe, "apple", pictures, steps=1, batch_size=4, lr=1e-3)
     step = state.vector - first  # AdamW's first step: lr * sign(gradient), downhill
-    batch = next(attacks._batches(tiny_pipe, pictures, 4, seed=0))
+    ((_, batch),) = attacks._batches(tiny_pipe, pictures, 4, seed=0, steps=1)
     photos = [torch.equal(text, pictures.encoder_hidden_states[0]) for text in batch.encoder_hidden_states]
     texts = ["a photo of a x" if one else "a neon sign of a x" for one in photos]
 
