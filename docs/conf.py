@@ -67,7 +67,7 @@ def first_page(notebook: Path) -> tuple[str, str, str, str]:
     title = re.search(r"^# (.+)$", text, re.M)[1]
     question = re.search(r"^\*([^*\n](?:.|\n(?!\n))+?)\*$", text, re.M)
     picture = re.search(r"!\[.*?\]\(.*?\)", text)
-    minutes = re.search(r"^\| \*\*Time(?: to run)?\*\* \| (.+?)(;.*)? \|$", text, re.M)
+    minutes = re.search(r"^\| \*\*Time\*\* \| (.+?)(;.*)? \|$", text, re.M)
     found = ((question, 1), (picture, 0), (minutes, 1))
     return title, *(match[group] if match else "" for match, group in found)
 

@@ -26,7 +26,7 @@ from .errors import DivergedError
 from .evaluation import Judge, check_countable, choices, wilson_interval
 from .gradient import Lessons, rounded, training
 from .losses import prior_preservation_loss
-from .models import Pictures, encode_prompts, overwrite, sample, shown
+from .models import Pictures, encode_prompts, overwrite, sample, with_bar
 
 PLACEHOLDER = "x"
 """The word that inversion gives a new meaning: in CLIP's vocabularies every letter is a token."""
@@ -295,7 +295,7 @@ def _batches(
 ) -> Iterator[tuple[int, Lessons]]:
     """Numbered batches of noisy ``pictures``, from 1; wanted is the noise, (size, 4, h, w)."""
     lessons, generator = _noised(pipe, pictures, 256, seed), torch.Generator().manual_seed(seed + 1)
-    for step in shown(range(1, steps + 1), "attacking"):
+    for step in with_bar(range(1, steps + 1), "attacking"):
         yield step, lessons.batch(size, generator, pipe.unet.device)
 
 

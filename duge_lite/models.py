@@ -60,7 +60,7 @@ def launched() -> PartialState | None:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def shown(items: Items, what: str) -> Iterable:
+def with_bar(items: Items, what: str) -> Iterable:
     """``items``, with a bar in a notebook or a terminal where they take more than two seconds."""
     return tqdm(items, what, leave=False, delay=2, disable=None if is_main() else True)
 
@@ -339,7 +339,7 @@ def sample(
         count = f"{len(texts)} prompts and {len(seeds)} seeds"
         raise ValueError(f"{count}: expected one seed each, or one number")
     unwanted, out, mine = options.get("negative_prompt"), [], share(list(zip(texts, seeds, strict=True)))
-    for start in shown(range(0, len(mine), batch_size), "drawing"):
+    for start in with_bar(range(0, len(mine), batch_size), "drawing"):
         part, own = zip(*mine[start : start + batch_size], strict=True)
         if isinstance(unwanted, str):
             options["negative_prompt"] = [unwanted] * len(part)  # diffusers wants as many

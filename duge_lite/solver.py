@@ -52,8 +52,8 @@ from .models import (
     from_main,
     gathered,
     share,
-    shown,
     swapped,
+    with_bar,
     written,
 )
 
@@ -233,7 +233,7 @@ class PictureBook:
             return
         mine, found, size = share(missing), [], self.card.batch_size
         with self.at_base(pipe):
-            for i in shown(range(0, len(mine), size), "drawing"):
+            for i in with_bar(range(0, len(mine), size), "drawing"):
                 found += self._draw(pipe, mine[i : i + size])
         self.seen |= dict(gathered(found))
 

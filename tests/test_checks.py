@@ -95,35 +95,29 @@ def near_far(near, far=lambda lost, rest: lost[rest].mean()):
     return answer
 
 
-@pytest.mark.parametrize(
-    ("checker", "wrong", "hint"),
-    [
-        ("word_map", lambda maps, at: maps[0, 0, 0], "the picture maps"),
-        ("word_map", lambda maps, at: maps[:, :, at].mean(axis=(0, 1, 2)), "*add* its tokens"),
-        ("word_map", lambda maps, at: maps[:, :, at].sum(axis=(0, 1, 2)), "take the *mean*"),
-        ("word_map", lambda maps, at: maps[:, :, at[0] : at[-1] + 1].sum(2).mean((0, 1)), "just these"),
-        ("overlap", lambda heat, mask: (heat * mask).sum() / heat.sum(), "thing's three"),
-        ("overlap", lambda heat, mask: 1.0, "thing's one"),
-        ("overlap", lambda heat, mask: (bright(heat, mask) & mask).sum() / mask.sum(), "Shared by both"),
-        ("concentration", entropy, "Evenly everywhere is 0"),
-        ("concentration", lambda p: 1 - entropy(p) / np.log((p > 0).sum() + 1e-9), "number of *all*"),
-        ("concentration", lambda p: 1 - entropy(p) / np.log(p.size), "divide it by its sum"),
-        ("target", lambda concept, other, eta: concept, "At eta 0"),
-        ("target", lambda concept, other, eta: other + eta * (concept - other), "Past it"),
-        ("target", lambda concept, other, eta: other - (concept - other) * (eta > 0), "how far past"),
-        ("nearest_kept", lambda distances, gone: distances.min(), "smallest distance"),
-        ("nearest_kept", lambda distances, gone: distances.idxmin(), "nearest that stays"),
-        ("nearest_kept", lambda distances, gone: distances.drop(gone[:1]).idxmin(), "*all* that is gone"),
-        ("nearest_kept", lambda distances, gone: distances.drop(gone).idxmin(), "no mistake"),
-        ("near_and_far", lambda b, a, name, near: ((b - a)[near].mean(), (b - a).mean()), "Only the apple"),
-        ("near_and_far", near_far(lambda lost, near, _: lost[near].sum()), "in the mean"),
-        ("near_and_far", near_far(lambda lost, near, _: lost[near].mean(), lambda *_: 0.0), "house and star"),
-        ("near_and_far", near_far(lambda lost, near, b: (lost / b)[near].mean()), "less after"),
-    ],
-)
-def test_a_wrong_answer_in_02_or_03_gets_its_own_hint(checker, wrong, hint):
-    verdict = getattr(checks, checker)(wrong)
-    assert not verdict and hint in verdict.message, verdict
+WRONG_02_03 = [  # checker, answer, hint
+    ("word_map", lambda maps, at: maps[0, 0, 0], "the picture maps"),
+    ("word_map", lambda maps, at: maps[:, :, at].mean(axis=(0, 1, 2)), "*add* its tokens"),
+    ("word_map", lambda maps, at: maps[:, :, at].sum(axis=(0, 1, 2)), "take the *mean*"),
+    ("word_map", lambda maps, at: maps[:, :, at[0] : at[-1] + 1].sum(2).mean((0, 1)), "just these"),
+    ("overlap", lambda heat, mask: (heat * mask).sum() / heat.sum(), "thing's three"),
+    ("overlap", lambda heat, mask: 1.0, "thing's one"),
+    ("overlap", lambda heat, mask: (bright(heat, mask) & mask).sum() / mask.sum(), "Shared by both"),
+    ("concentration", entropy, "Evenly everywhere is 0"),
+    ("concentration", lambda p: 1 - entropy(p) / np.log((p > 0).sum() + 1e-9), "number of *all*"),
+    ("concentration", lambda p: 1 - entropy(p) / np.log(p.size), "divide it by its sum"),
+    ("target", lambda concept, other, eta: concept, "At eta 0"),
+    ("target", lambda concept, other, eta: other + eta * (concept - other), "Past it"),
+    ("target", lambda concept, other, eta: other - (concept - other) * (eta > 0), "how far past"),
+    ("nearest_kept", lambda distances, gone: distances.min(), "smallest distance"),
+    ("nearest_kept", lambda distances, gone: distances.idxmin(), "nearest that stays"),
+    ("nearest_kept", lambda distances, gone: distances.drop(gone[:1]).idxmin(), "*all* that is gone"),
+    ("nearest_kept", lambda distances, gone: distances.drop(gone).idxmin(), "no mistake"),
+    ("near_and_far", lambda b, a, name, near: ((b - a)[near].mean(), (b - a).mean()), "Only the apple"),
+    ("near_and_far", near_far(lambda lost, near, _: lost[near].sum()), "in the mean"),
+    ("near_and_far", near_far(lambda lost, near, _: lost[near].mean(), lambda *_: 0.0), "house and star"),
+    ("near_and_far", near_far(lambda lost, near, b: (lost / b)[near].mean()), "less after"),
+]
 
 
 # notebook 04: the cross-attention loss
@@ -256,49 +250,43 @@ def ways(name):
     return [f"{way} of {name}" for way in "abcd"], list("abcd")
 
 
-@pytest.mark.parametrize(
-    ("checker", "wrong", "hint"),
-    [
-        ("beats", lambda a, b: (a > b[a.index]).all(), "Equal on one count"),
-        ("beats", lambda a, b: (a >= b[a.index]).all(), "Two equals"),
-        ("beats", lambda a, b: (a > b[a.index]).any(), "neither beats"),
-        ("beats", lambda a, b: (a.values >= b.values).all() and (a.values > b.values).any(), "by their name"),
-        ("uce_matrix", lambda *args: formula(*args, wrong="turned"), "anchor.T @ edit"),
-        ("uce_matrix", lambda *args: formula(*args, wrong="order"), "before the inverse"),
-        ("uce_matrix", lambda *args: formula(*args, wrong="free"), "Where each name"),
-        ("uce_matrix", lambda *args: formula(*args[:4], 1e-9), "huge r"),
-        ("sign_test", lambda a, b: tail(a, b, min(a, b)), "at most 1"),
-        ("sign_test", lambda a, b: 1.0 if a == b else tail(a, b, min(a, b), 1), "both sides"),
-        ("sign_test", lambda a, b: 1.0 if a == b else 2 / 2 ** (a + b), "the same mirrored"),
-        ("sign_test", lambda a, b: min(1.0, tail(a, b, b)), "who is the first"),
-        ("unbiased_kid", lambda f, g: distance(f, g, off=0, alone=False), "leave out each picture"),
-        ("unbiased_kid", lambda f, g: distance(f, g, width=1), "number of features"),
-        ("unbiased_kid", lambda f, g: distance(f, g) + (len(f) != len(g)), "its own count"),
-        ("concept_texts", lambda name: (ways(name)[0], ["a"]), "of the same length"),
-        ("concept_texts", lambda name: ([name] * 4, ["a"] * 4), "four different ways"),
-        ("concept_texts", lambda name: ways("it"), "has to name it"),
-        ("concept_texts", lambda name: (ways(name)[0],) * 2, "must not be named"),
-        ("concept_texts", lambda name: ways("Van Gogh"), "the name that is given"),
-        ("closer_to_name", lambda a, b: 2.0 * (a < b).mean(), "by picture"),
-        ("closer_to_name", lambda a, b: (a >= b).mean(), "A draw"),
-        ("closer_to_name", lambda a, b: (a > b).mean() if len(a) < 3 else a.mean() > b.mean(), "outvote"),
-        ("book_megabytes", lambda channels, moments, places: 2 * moments * sum(channels) / 1e6, "Two halves"),
-        ("book_megabytes", lambda channels, m, p: 4 * m * p * channels[0] / 1e6, "sum them"),
-        ("book_megabytes", lambda channels, moments, places: 4 * sum(channels) / 1e6, "Every moment"),
-        ("drawing_cost", lambda n, s, t, p: (n * s * t, 0), "divide by 60"),
-        ("drawing_cost", lambda n, s, t, p: (n * s * t / 60, n * s * t / 60 * p), "that of an hour"),
-        ("lora_loss", lambda s, r: s[:r].sum() / s.sum(), "nothing is lost"),
-        ("lora_loss", lambda s, r: s[r:].sum() / s.sum(), "sum of squares"),
-        (
-            "lora_loss",
-            lambda s, r: (s[r] if r < 2 else 0) / np.linalg.norm(s) if r else 1.0,
-            "not one direct",
-        ),
-    ],
-)
-def test_a_wrong_answer_of_07_and_08_gets_its_own_hint(checker, wrong, hint):
-    verdict = getattr(checks, checker)(wrong)
-    assert not verdict and hint in verdict.message, verdict
+WRONG_07_08 = [  # checker, answer, hint
+    ("beats", lambda a, b: (a > b[a.index]).all(), "Equal on one count"),
+    ("beats", lambda a, b: (a >= b[a.index]).all(), "Two equals"),
+    ("beats", lambda a, b: (a > b[a.index]).any(), "neither beats"),
+    ("beats", lambda a, b: (a.values >= b.values).all() and (a.values > b.values).any(), "by their name"),
+    ("uce_matrix", lambda *args: formula(*args, wrong="turned"), "anchor.T @ edit"),
+    ("uce_matrix", lambda *args: formula(*args, wrong="order"), "before the inverse"),
+    ("uce_matrix", lambda *args: formula(*args, wrong="free"), "Where each name"),
+    ("uce_matrix", lambda *args: formula(*args[:4], 1e-9), "huge r"),
+    ("sign_test", lambda a, b: tail(a, b, min(a, b)), "at most 1"),
+    ("sign_test", lambda a, b: 1.0 if a == b else tail(a, b, min(a, b), 1), "both sides"),
+    ("sign_test", lambda a, b: 1.0 if a == b else 2 / 2 ** (a + b), "the same mirrored"),
+    ("sign_test", lambda a, b: min(1.0, tail(a, b, b)), "who is the first"),
+    ("unbiased_kid", lambda f, g: distance(f, g, off=0, alone=False), "leave out each picture"),
+    ("unbiased_kid", lambda f, g: distance(f, g, width=1), "number of features"),
+    ("unbiased_kid", lambda f, g: distance(f, g) + (len(f) != len(g)), "its own count"),
+    ("concept_texts", lambda name: (ways(name)[0], ["a"]), "of the same length"),
+    ("concept_texts", lambda name: ([name] * 4, ["a"] * 4), "four different ways"),
+    ("concept_texts", lambda name: ways("it"), "has to name it"),
+    ("concept_texts", lambda name: (ways(name)[0],) * 2, "must not be named"),
+    ("concept_texts", lambda name: ways("Van Gogh"), "the name that is given"),
+    ("closer_to_name", lambda a, b: 2.0 * (a < b).mean(), "by picture"),
+    ("closer_to_name", lambda a, b: (a >= b).mean(), "A draw"),
+    ("closer_to_name", lambda a, b: (a > b).mean() if len(a) < 3 else a.mean() > b.mean(), "outvote"),
+    ("book_megabytes", lambda channels, moments, places: 2 * moments * sum(channels) / 1e6, "Two halves"),
+    ("book_megabytes", lambda channels, m, p: 4 * m * p * channels[0] / 1e6, "sum them"),
+    ("book_megabytes", lambda channels, moments, places: 4 * sum(channels) / 1e6, "Every moment"),
+    ("drawing_cost", lambda n, s, t, p: (n * s * t, 0), "divide by 60"),
+    ("drawing_cost", lambda n, s, t, p: (n * s * t / 60, n * s * t / 60 * p), "that of an hour"),
+    ("lora_loss", lambda s, r: s[:r].sum() / s.sum(), "nothing is lost"),
+    ("lora_loss", lambda s, r: s[r:].sum() / s.sum(), "sum of squares"),
+    (
+        "lora_loss",
+        lambda s, r: (s[r] if r < 2 else 0) / np.linalg.norm(s) if r else 1.0,
+        "not one direct",
+    ),
+]
 
 
 def scores(matrix, requests, k):
@@ -351,33 +339,27 @@ def ridge_by_sums(f, wanted, start, r):
     return (wanted.T @ f + r * start) @ np.linalg.inv(f.T @ f + r * np.eye(f.shape[1]))
 
 
-@pytest.mark.parametrize(
-    ("name", "wrong", "hint"),
-    [
-        ("add_noise", lambda x, e, a: a * x + (1 - a) * e, "square roots"),
-        ("add_noise", lambda x, e, a: np.sqrt(1 - a) * x + np.sqrt(a) * e, "only picture"),
-        ("clean_guess", lambda x, e, a: x - np.sqrt(1 - a) * e, "divide by the root"),
-        ("ddim_step", lambda x, e, a, b: np.sqrt(b) * x + np.sqrt(1 - b) * e, "guessed picture"),
-        ("sampling_loop", asked_once, "each asks anew"),
-        ("guided", lambda e, c, g: e + g * c, "At scale 1"),
-        ("guided", lambda e, c, g: (1 + g) * c - g * e, "At scale 1"),
-        ("average_noise", lambda noises: np.mean(noises, 0), "squared strength 4"),
-        ("write_loss", lambda m, f, w: ((f @ m - w) ** 2).mean(), "f @ matrix.T"),
-        ("write_loss", lambda m, f, w: ((f @ m.T - w) ** 2).sum(1).mean(), "the mean is 3"),
-        ("ridge", ridge_by_sums, "divide them by len(f)"),
-        ("ridge", lambda f, w, o, r: (w.T @ f + r * o) @ np.linalg.inv(f.T @ f + r), "on the diagonal only"),
-        ("new_thing", lambda: [Part(np.zeros((3, 2)), (0, 0, 0))], "It is small"),
-        ("nearest_prototype", lambda f, p: (f @ p.T).argmax(1), "Measure all the distances"),
-        ("harmonic_mean", np.mean, "number over the sum"),
-        ("harmonic_mean", lambda s: 2 * s[0] * s[1] / (s[0] + s[1]), "not always two"),
-        ("harmonic_mean", lambda s: len(s) / sum(1 / x for x in s), "before you divide"),
-        ("pictures_needed", lambda h, d: math.ceil(math.log(d) / math.log(1 - h)), "logarithm of 0"),
-        ("pictures_needed", lambda h, d: 4, "one is enough"),
-    ],
-)
-def test_a_wrong_answer_gets_its_own_hint(name, wrong, hint):
-    verdict = getattr(checks, name)(wrong)
-    assert not verdict and hint in verdict.message, verdict
+WRONG_01_04_09 = [  # checker, answer, hint
+    ("add_noise", lambda x, e, a: a * x + (1 - a) * e, "square roots"),
+    ("add_noise", lambda x, e, a: np.sqrt(1 - a) * x + np.sqrt(a) * e, "only picture"),
+    ("clean_guess", lambda x, e, a: x - np.sqrt(1 - a) * e, "divide by the root"),
+    ("ddim_step", lambda x, e, a, b: np.sqrt(b) * x + np.sqrt(1 - b) * e, "guessed picture"),
+    ("sampling_loop", asked_once, "each asks anew"),
+    ("guided", lambda e, c, g: e + g * c, "At scale 1"),
+    ("guided", lambda e, c, g: (1 + g) * c - g * e, "At scale 1"),
+    ("average_noise", lambda noises: np.mean(noises, 0), "squared strength 4"),
+    ("write_loss", lambda m, f, w: ((f @ m - w) ** 2).mean(), "f @ matrix.T"),
+    ("write_loss", lambda m, f, w: ((f @ m.T - w) ** 2).sum(1).mean(), "the mean is 3"),
+    ("ridge", ridge_by_sums, "divide them by len(f)"),
+    ("ridge", lambda f, w, o, r: (w.T @ f + r * o) @ np.linalg.inv(f.T @ f + r), "on the diagonal only"),
+    ("new_thing", lambda: [Part(np.zeros((3, 2)), (0, 0, 0))], "It is small"),
+    ("nearest_prototype", lambda f, p: (f @ p.T).argmax(1), "Measure all the distances"),
+    ("harmonic_mean", np.mean, "number over the sum"),
+    ("harmonic_mean", lambda s: 2 * s[0] * s[1] / (s[0] + s[1]), "not always two"),
+    ("harmonic_mean", lambda s: len(s) / sum(1 / x for x in s), "before you divide"),
+    ("pictures_needed", lambda h, d: math.ceil(math.log(d) / math.log(1 - h)), "logarithm of 0"),
+    ("pictures_needed", lambda h, d: 4, "one is enough"),
+]
 
 
 def test_a_hint_tells_plain_numbers_and_only_the_readers_own():
@@ -418,38 +400,32 @@ def one_after_another(old, S, X, r):
     return old
 
 
-@pytest.mark.parametrize(
-    ("checker", "wrong", "hint"),
-    [
-        ("wilson", school, "middle and the half width"),
-        ("wilson", lambda k, n, z: tuple(e * (1 + z * z / n) for e in ends(k, n, z)), "Divide both"),
-        ("wilson", lambda k, n, z: ends(k, n, 1.96), "z is given"),
-        ("wilson", lambda k, n, z: ends(min(k, n - k), n, z), "p is hits / n"),
-        (
-            "solve_all",
-            lambda o, S, X, r: o @ sum(X) @ np.linalg.inv(sum(S) + r * np.eye(3)),
-            "Who wants what",
-        ),
-        ("solve_all", lambda o, S, X, r: o @ (sum(X) + r) @ np.linalg.inv(sum(S) + r), "adds r"),
-        ("solve_all", lambda o, S, X, r: solved(o, S[-1:], X[-1:], r), "Two requests"),
-        ("solve_all", lambda o, S, X, r: solved(o, S, X, r * len(S)), "r is added once"),
-        ("solve_all", one_after_another, "Two requests"),
-        ("take_back", lambda S, X, s, x, back: S - s, "Return both"),
-        ("take_back", lambda S, X, s, x, back: (S - s, X - s), "x_gone from X"),
-        ("take_back", lambda S, X, s, x, back: (S - s, X - x), "comes back into S"),
-        ("take_back", lambda S, X, s, x, back: (S - s + back, X - x), "comes back into X"),
-        ("back_door", lambda a, n, gone: np.mean([x in gone for x in n]), "front"),
-        (
-            "back_door",
-            lambda a, n, gone: np.mean([x != y for x, y in zip(a, n, strict=True)]),
-            "they do not count",
-        ),
-        ("back_door", lambda a, n, gone: len(a) * opened(a, n, gone), "Divide by all"),
-    ],
-)
-def test_a_wrong_answer_of_05_gets_its_own_hint(checker, wrong, hint):
-    verdict = getattr(checks, checker)(wrong)
-    assert not verdict and hint in verdict.message, verdict
+WRONG_05 = [  # checker, answer, hint
+    ("wilson", school, "middle and the half width"),
+    ("wilson", lambda k, n, z: tuple(e * (1 + z * z / n) for e in ends(k, n, z)), "Divide both"),
+    ("wilson", lambda k, n, z: ends(k, n, 1.96), "z is given"),
+    ("wilson", lambda k, n, z: ends(min(k, n - k), n, z), "p is hits / n"),
+    (
+        "solve_all",
+        lambda o, S, X, r: o @ sum(X) @ np.linalg.inv(sum(S) + r * np.eye(3)),
+        "Who wants what",
+    ),
+    ("solve_all", lambda o, S, X, r: o @ (sum(X) + r) @ np.linalg.inv(sum(S) + r), "adds r"),
+    ("solve_all", lambda o, S, X, r: solved(o, S[-1:], X[-1:], r), "Two requests"),
+    ("solve_all", lambda o, S, X, r: solved(o, S, X, r * len(S)), "r is added once"),
+    ("solve_all", one_after_another, "Two requests"),
+    ("take_back", lambda S, X, s, x, back: S - s, "Return both"),
+    ("take_back", lambda S, X, s, x, back: (S - s, X - s), "x_gone from X"),
+    ("take_back", lambda S, X, s, x, back: (S - s, X - x), "comes back into S"),
+    ("take_back", lambda S, X, s, x, back: (S - s + back, X - x), "comes back into X"),
+    ("back_door", lambda a, n, gone: np.mean([x in gone for x in n]), "front"),
+    (
+        "back_door",
+        lambda a, n, gone: np.mean([x != y for x, y in zip(a, n, strict=True)]),
+        "they do not count",
+    ),
+    ("back_door", lambda a, n, gone: len(a) * opened(a, n, gone), "Divide by all"),
+]
 
 
 def test_the_interval_of_the_exercise_is_the_library_s():
@@ -469,32 +445,34 @@ def error(a, b):
     return np.mean((a - b) ** 2)
 
 
-@pytest.mark.parametrize(
-    ("checker", "wrong", "hint"),
-    [
-        ("above_floor", lambda seen, floor: floor, "Without false alarms"),
-        ("above_floor", lambda seen, floor: seen - floor, "All is all"),
-        ("above_floor", lambda seen, floor: seen, "As much as the floor"),
-        ("above_floor", lambda seen, floor: (seen - floor) / (1 - floor), "not less than nothing"),
-        ("above_floor", lambda seen, floor: max(0, (seen - floor) / (1 - floor)), "do not divide"),
-        ("gain", lambda e, a, b: 1 - np.mean(e - a) / np.mean(e - b), "Equal errors"),
-        ("gain", lambda e, a, b: 1 - np.abs(e - a).mean() / np.abs(e - b).mean(), "quarter"),
-        ("gain", lambda e, a, b: max(0, 1 - error(e, a) / error(e, b)), "do not cut"),
-        ("gain", lambda e, a, b: error(e, a) / error(e, b), "takes all of it"),
-        ("ask_otherwise", lambda c: "a pippin", "a list of prompts"),
-        ("ask_otherwise", lambda c: [1, 2, 3], "a list of prompts"),
-        ("ask_otherwise", lambda c: ["a pippin", "a pippin", ""], "at least three"),
-        ("ask_otherwise", lambda c: ["a pippin", "a fruit", f"an {c.upper()}"], "says the name"),
-    ],
-)
-def test_a_wrong_answer_of_06_gets_its_own_hint(checker, wrong, hint):
-    verdict = getattr(checks, checker)(wrong)
-    assert not verdict and hint in verdict.message, verdict
+WRONG_06 = [  # checker, answer, hint
+    ("above_floor", lambda seen, floor: floor, "Without false alarms"),
+    ("above_floor", lambda seen, floor: seen - floor, "All is all"),
+    ("above_floor", lambda seen, floor: seen, "As much as the floor"),
+    ("above_floor", lambda seen, floor: (seen - floor) / (1 - floor), "not less than nothing"),
+    ("above_floor", lambda seen, floor: max(0, (seen - floor) / (1 - floor)), "do not divide"),
+    ("gain", lambda e, a, b: 1 - np.mean(e - a) / np.mean(e - b), "Equal errors"),
+    ("gain", lambda e, a, b: 1 - np.abs(e - a).mean() / np.abs(e - b).mean(), "quarter"),
+    ("gain", lambda e, a, b: max(0, 1 - error(e, a) / error(e, b)), "do not cut"),
+    ("gain", lambda e, a, b: error(e, a) / error(e, b), "takes all of it"),
+    ("ask_otherwise", lambda c: "a pippin", "a list of prompts"),
+    ("ask_otherwise", lambda c: [1, 2, 3], "a list of prompts"),
+    ("ask_otherwise", lambda c: ["a pippin", "a pippin", ""], "at least three"),
+    ("ask_otherwise", lambda c: ["a pippin", "a fruit", f"an {c.upper()}"], "says the name"),
+]
 
 
 def test_the_gain_of_the_exercise_may_be_below_zero():
     assert checks.gain(lambda e, a, b: 1 - error(e, a) / error(e, b))
     assert checks.above_floor(corrected)
+
+
+@pytest.mark.parametrize(
+    ("checker", "wrong", "hint"), WRONG_02_03 + WRONG_07_08 + WRONG_01_04_09 + WRONG_05 + WRONG_06
+)
+def test_a_wrong_answer_gets_its_own_hint(checker, wrong, hint):
+    verdict = getattr(checks, checker)(wrong)
+    assert not verdict and hint in verdict.message, verdict
 
 
 # The solutions that are folded under the exercises
