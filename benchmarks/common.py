@@ -117,10 +117,10 @@ def judge_id() -> str:
     return digest("doodle-judge/model.safetensors", "doodle-judge/config.json")
 
 
-def draw(pipe, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+def draw(pipe, prompts: Sequence[str], seeds: Sequence[int], **how: object) -> np.ndarray:
     """(n, 64, 64, 3)."""
     with torch.autocast(pipe.device.type, torch.bfloat16):
-        return np.stack([np.asarray(p) for p in duge.sample(pipe, prompts, list(seeds), STEPS)])
+        return np.stack([np.asarray(p) for p in duge.sample(pipe, prompts, list(seeds), STEPS, **how)])
 
 
 def images(pictures: np.ndarray) -> list[Image.Image]:

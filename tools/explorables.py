@@ -12,17 +12,16 @@ counted here.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import re
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import duge_lite as duge
@@ -33,8 +32,12 @@ from duge_lite.solver import BOOK, cross_attention_weights
 from duge_lite.viewer import Slides
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+from common import draw, model  # noqa: E402
+from continual import TWELVE  # noqa: E402
+
 PAGES = ROOT / "docs" / "explorables"
-STEPS, SEED = 10, 500
+SEED = 500
 CONCEPT = "apple"
 Config = duge.UnlearnConfig
 
@@ -43,8 +46,7 @@ class Workshop:
     """Pictures and numbers that are made once: a file for each name, and a time to stop."""
 
     def __init__(self, minutes: float) -> None:
-        weights = duge.data_dir() / "doodle-sd/unet/diffusion_pytorch_model.safetensors"
-        self.folder = ROOT / "build/explorables" / hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+        self.folder = ROOT / "build/explorables" / model()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.end = time.monotonic() + 60 * minutes
         self.pipe, self.judge = duge.load_pipeline(), duge.Judge.load()
@@ -61,21 +63,13 @@ class Workshop:
             print(f"{name}: {time.process_time() - started:.1f} processor seconds", flush=True)
         return np.load(path)
 
-    def draw(self, pipe, prompts: Sequence[str], seeds: Sequence[int], **how: object) -> np.ndarray:
-        """(n, 64, 64, 3)."""
-        with torch.autocast(pipe.device.type, torch.bfloat16):
-            pictures = duge.sample(pipe, list(prompts), list(seeds), STEPS, **how)
-        return np.stack([np.asarray(p) for p in pictures])
-
     def prompts(self, names: Sequence[str], seeds: int) -> list[str]:
         """``seeds`` prompts of each name in turn; a style is drawn on different objects."""
         return [self.card.prompts(n)[k if n in self.card.styles else 0] for n in names for k in range(seeds)]
 
     def look(self, pipe, names: Sequence[str], seeds: int, **how: object) -> np.ndarray:
         """(names * seeds, 64, 64, 3); picture k of every name is from the same noise."""
-        return self.draw(
-            pipe, self.prompts(names, seeds), [SEED + k for _ in names for k in range(seeds)], **how
-        )
+        return draw(pipe, self.prompts(names, seeds), [SEED + k for _ in names for k in range(seeds)], **how)
 
     def forgotten(self, config: Config, look: Callable[[], np.ndarray]) -> np.ndarray:
         """What is drawn while the apple is gone; the book is drawn once and kept on disk."""
@@ -109,7 +103,7 @@ def draw_eta(w: Workshop) -> np.ndarray:
 
     def look() -> np.ndarray:
         prompts, seeds = [w.card.prompt(n) for n in ETA_NAMES], [SEED, SEED + 1, SEED + 2, SEED, SEED]
-        return np.stack([w.draw(w.pipe, prompts, seeds, guidance_scale=g) for g in GUIDANCE])
+        return np.stack([draw(w.pipe, prompts, seeds, guidance_scale=g) for g in GUIDANCE])
 
     return np.stack([w.kept(f"eta-{e:g}", lambda e=e: w.forgotten(Config(eta=e), look)) for e in ETAS])
 
@@ -136,18 +130,16 @@ def draw_relearn(w: Workshop) -> dict[str, np.ndarray]:
         if name == "UCE":
             baselines.uce(pipe, CONCEPT, styled=True)
         asks = w.card.prompts(CONCEPT) * RELEARN_SEEDS
-        shown = [w.draw(pipe, asks, seeds)]
+        shown = [draw(pipe, asks, seeds)]
         steps = attacks.relearn_steps(pipe, given, max(RELEARN))
-        shown += [w.draw(pipe, asks, seeds) for state in steps if state.step in RELEARN]
+        shown += [draw(pipe, asks, seeds) for state in steps if state.step in RELEARN]
         return np.stack(shown)
 
     return {n: w.kept(f"relearn-{n}", lambda n=n: film(n)) for n in ("base", "exact", "UCE", "oracle")}
 
 
-LISTED = ("apple", "umbrella", "car", "sunglasses", "broccoli", "traffic light", "goldfish", "harp", "house")
-LISTED += ("broom", "neon", "mosaic")  # the order of benchmarks/continual.py
-ORDERS = {"as listed": LISTED, "backwards": LISTED[::-1]}
-ORDERS |= {"shuffled": tuple(np.random.default_rng(1).permutation(LISTED).tolist())}
+ORDERS = {"as listed": TWELVE, "backwards": TWELVE[::-1]}
+ORDERS |= {"shuffled": tuple(np.random.default_rng(1).permutation(TWELVE).tolist())}
 WATCHED = ("apple", "umbrella", "car", "goldfish", "neon")
 WATCHED += ("orange", "parachute", "airplane", "star", "sketch")  # nobody asks for these to go
 WATCHED_SEEDS = 3

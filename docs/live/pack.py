@@ -21,6 +21,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from continual import TWELVE  # noqa: E402
+
 MODEL = ROOT / "data" / "doodle-sd"
 PLACES = 8
 """Per layer and moment; the library's default is 32. With 5 moments, each in two halves, 80 a prompt."""
@@ -105,11 +108,8 @@ EXAMPLES = (
 SETS = {
     "nothing": (),
     "the apple": ("apple",),
-    "the twelve of the benchmark": (
-        "apple", "umbrella", "car", "sunglasses", "broccoli", "traffic light", "goldfish", "harp", "house",
-        "broom", "neon", "mosaic",
-    ),
-}  # fmt: skip
+    "the twelve of the benchmark": TWELVE,
+}
 
 
 def fill(page: str) -> str:
@@ -166,5 +166,4 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     write(Path(sys.argv[1]))
