@@ -9,7 +9,7 @@ Yardstick and numbers are ours. ``options`` are those of :func:`survey`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,13 +20,13 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, Stable
 from PIL import Image
 from torch import Tensor
 
-from .concepts import model_card
+from .concepts import ModelCard, model_card
 from .doodles import captions
 from .errors import DivergedError
-from .evaluation import Judge, check_countable, choices, wilson_interval
+from .evaluation import Judge, choices, counted, draw_groups, judge_of
 from .gradient import Lessons, rounded, training
 from .losses import prior_preservation_loss
-from .models import Pictures, encode_prompts, overwrite, sample, with_bar
+from .models import Pictures, encode_prompts, overwrite, with_bar
 
 PLACEHOLDER = "x"
 """The word that inversion gives a new meaning: in CLIP's vocabularies every letter is a token."""
@@ -45,50 +45,31 @@ def survey(
 
     Picture i of a group starts from the noise of ``seed + i``. ``options`` are those of
     :func:`duge_lite.sample`, but ``num_inference_steps`` defaults to the card's for previews. Returns a row
-    per picture:
-    ``group``, ``prompt``, ``picture`` (PIL), ``named`` (the one concept, or style, that the judge decides
-    for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises UnknownConceptError for a word
-    that the model never read, ValueError for one that the judge does not know.
+    per picture: ``group``, ``prompt``, ``picture`` (PIL), ``named`` (the one concept, or style, that the
+    judge decides for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises what
+    :func:`duge_lite.evaluation.judge_of` raises.
     """
     card = model_card(pipe)
-    check_countable(card, concept, judge)
-    rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in range(images)]
-    frame = pd.DataFrame(rows, columns=["group", "prompt"])
-    seeds = [seed + i for _ in prompts for i in range(images)]
-    pictures = sample(
-        pipe, list(frame.prompt), seeds, **{"num_inference_steps": card.sampling_steps} | options
-    )
-    return _judged(pipe, concept, frame, pictures, judge)
+    judge = judge_of(pipe, card, [concept], judge)
+    how = {"num_inference_steps": card.sampling_steps} | options
+    return _judged(card, concept, judge, draw_groups(pipe, prompts, images, seed, **how))
 
 
-def _judged(
-    pipe: StableDiffusionPipeline,
-    concept: str,
-    frame: pd.DataFrame,
-    pictures: Sequence[Image.Image],
-    judge: Judge | None,
-) -> pd.DataFrame:
-    """``frame`` with its pictures and what the judge says of them: the columns of :func:`survey`."""
-    card = model_card(pipe)
-    judge = judge or Judge.load(card, pipe.device)
+def _judged(card: ModelCard, concept: str, judge: Judge, columns: Mapping[str, Any]) -> pd.DataFrame:
+    """A :func:`survey`'s frame: ``columns`` hold the ``picture``s, and what else is known of them."""
+    frame, pictures = pd.DataFrame(columns), list(columns["picture"])
     named = judge.names(pictures, choices(card, [concept], judge))
-    shown = pd.Series(list(pictures), dtype=object)
-    return frame.assign(picture=shown, named=named, seen=judge.sees(pictures, concept))
+    return frame.assign(named=named, seen=judge.sees(pictures, concept))
 
 
 def shares(survey: pd.DataFrame, concept: str, by: str | Sequence[str] = "group") -> pd.DataFrame:
     """How many pictures show ``concept``, a row for each value of the column(s) ``by``.
 
-    Returns ``images``, ``seen`` (their share), ``low`` and ``high`` (its 95 % Wilson interval), ``named``
-    (the share that the judge calls ``concept`` when it must choose), and the means of ``told``, ``untold``
-    and ``gain`` where the survey has them.
+    Returns ``images``, ``seen`` (their share), ``low`` and ``high`` (its 95 % Wilson interval), and ``named``
+    (the share that the judge calls ``concept`` when it must choose).
     """
-    means = ["seen", "named", *(c for c in ("told", "untold", "gain") if c in survey)]
     groups = survey.assign(named=survey.named == concept).groupby(by, sort=False)
-    table = groups[means].mean()
-    bounds = [wilson_interval(int(g.seen.sum()), len(g)) for _, g in groups]
-    table["images"], table["low"], table["high"] = groups.size(), *zip(*bounds, strict=True)
-    return table[["images", "seen", "low", "high", *means[1:]]]
+    return counted(groups.seen, "seen").assign(named=groups.named.mean())
 
 
 def compare(
@@ -125,13 +106,6 @@ def company(pipe: StableDiffusionPipeline, concept: str, **options: Any) -> pd.D
     return survey(pipe, concept, {k: [captions.prompt(p) for p in v] for k, v in pairs.items()}, **options)
 
 
-def leakage(pipe: StableDiffusionPipeline, concept: str, **options: Any) -> pd.DataFrame:
-    """What nobody asked for: the empty prompt, unguided, and the prompts with the name left out."""
-    dreams = survey(pipe, concept, {"empty": [""]}, **options | {"guidance_scale": 1.0})
-    nameless = survey(pipe, concept, {"nameless": model_card(pipe).nameless(concept)}, **options)
-    return pd.concat([dreams, nameless], ignore_index=True)
-
-
 # ---------------------------------------------------------------------------- pictures, no words
 
 
@@ -148,7 +122,8 @@ def completion(
     brings it from any model, so read it beside the oracle. Returns a survey, grouped by "2 of 10 steps".
     Raises ValueError for more steps than there are.
     """
-    steps, frames = options.setdefault("num_inference_steps", model_card(pipe).sampling_steps), []
+    card, frames = model_card(pipe), []
+    steps = options.setdefault("num_inference_steps", card.sampling_steps)
     for k in at:
         if not 0 <= k <= steps:
             raise ValueError(f"at = {k!r}: expected a number of steps from 0 to {steps}")
@@ -160,7 +135,7 @@ def completion(
             own.unet = base.unet if after < k else pipe.unet
             return tensors
 
-        asked = {f"{k} of {steps} steps": model_card(pipe).prompts(concept)}
+        asked = {f"{k} of {steps} steps": card.prompts(concept)}
         frames.append(survey(relay, concept, asked, callback_on_step_end=hand_over, **options))
     return pd.concat(frames, ignore_index=True)
 
@@ -185,35 +160,32 @@ def redrawing(
     """
     from diffusers import AutoPipelineForImage2Image  # imports all pipelines, and says so
 
-    check_countable(card := model_card(pipe), concept, judge)
+    card = model_card(pipe)
+    judge = judge_of(pipe, card, [concept], judge)
     relay, width, shown = AutoPipelineForImage2Image.from_pipe(pipe), pictures.latents.shape[-1], []
     relay.set_progress_bar_config(disable=True)
-    given = (torch.arange(width) < width // 2) | (not half)  # (w,)
+    given = torch.arange(width) < width // 2  # (w,)
     for clean in pictures.latents.split(card.batch_size):  # (B, 4, h, w)
         lots = [torch.Generator().manual_seed(seed + len(shown) + i) for i in range(len(clean))]
 
         def put_back(own: Any, step: int, time: Tensor, tensors: dict, lots=lots, clean=clean) -> dict:
-            if half:
-                known, now = clean, tensors["latents"]
-                if len(later := own.scheduler.timesteps[step + 1 : step + 2].cpu()):
-                    noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in lots])
-                    known = own.scheduler.add_noise(clean, noise, later.expand(len(clean)))
-                tensors["latents"] = torch.where(given.to(now.device), known.to(now), now)
-            return tensors
+            known, now = clean, tensors["latents"]
+            if len(later := own.scheduler.timesteps[step + 1 : step + 2].cpu()):
+                noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in lots])
+                known = own.scheduler.add_noise(clean, noise, later.expand(len(clean)))
+            return {"latents": torch.where(given.to(now.device), known.to(now), now)}
 
         shown += relay(
             [""] * len(clean),
-            image=clean * given,
+            image=clean * given if half else clean,
             strength=1.0 if half else at,
             num_inference_steps=card.sampling_steps if num_inference_steps is None else num_inference_steps,
             guidance_scale=1.0,
             generator=lots,
-            callback_on_step_end=put_back,
+            callback_on_step_end=put_back if half else None,
         ).images
-    frame = pd.DataFrame(
-        {"group": "half given" if half else f"noised to {at:g}", "prompt": [""] * len(shown)}
-    )
-    return _judged(pipe, concept, frame, shown, judge)
+    group = "half given" if half else f"noised to {at:g}"
+    return _judged(card, concept, judge, {"group": group, "prompt": "", "picture": shown})
 
 
 @torch.no_grad()
@@ -231,21 +203,22 @@ def noise_inversion(
     so read it beside the oracle. Returns a survey with the column ``error``: the root of the mean squared
     difference of latents, in units of the given latents' own standard deviation.
     """
-    check_countable(card := model_card(pipe), concept, judge)
+    card = model_card(pipe)
+    judge = judge_of(pipe, card, [concept], judge)
     same = {"clip_sample": False, "timestep_spacing": "leading", "set_alpha_to_one": False}
     there, back, shown, errors = copy(pipe), copy(pipe), [], []
     there.scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, **same)
     back.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **same)
+    ask = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0, "output_type": "latent"}
     for clean in pictures.latents.split(card.batch_size):  # (B, 4, h, w)
-        ask = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0, "output_type": "latent"}
         latents = clean
         for one in (there, back):
             latents = one([""] * len(clean), latents=latents.to(pipe.unet.dtype), **ask).images
         errors += ((latents.cpu() - clean).square().mean((1, 2, 3)).sqrt() / pictures.latents.std()).tolist()
         decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
         shown += pipe.image_processor.postprocess(decoded)
-    frame = pd.DataFrame({"group": "inverted", "prompt": "", "error": errors})
-    return _judged(pipe, concept, frame, shown, judge)
+    known = {"group": "inverted", "prompt": "", "error": errors, "picture": shown}
+    return _judged(card, concept, judge, known)
 
 
 # ---------------------------------------------------------------------------- attacks that learn
@@ -281,7 +254,7 @@ def _reworded(pictures: Pictures, old: str, new: str) -> list[str]:
     return [p.replace(old, new) for p in pictures.prompts]
 
 
-def _noised(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed: int) -> Lessons:
+def _lessons(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed: int) -> Lessons:
     if pipe.unet.config.addition_embed_type is not None:
         raise ValueError(
             "Stable Diffusion XL reads two texts: expected 1.x or 2.x, or a probe that needs no words"
@@ -294,7 +267,7 @@ def _batches(
     pipe: StableDiffusionPipeline, pictures: Pictures, size: int, seed: int, steps: int
 ) -> Iterator[tuple[int, Lessons]]:
     """Numbered batches of noisy ``pictures``, from 1; wanted is the noise, (size, 4, h, w)."""
-    lessons, generator = _noised(pipe, pictures, 256, seed), torch.Generator().manual_seed(seed + 1)
+    lessons, generator = _lessons(pipe, pictures, 256, seed), torch.Generator().manual_seed(seed + 1)
     for step in with_bar(range(1, steps + 1), "attacking"):
         yield step, lessons.batch(size, generator, pipe.unet.device)
 
@@ -312,11 +285,11 @@ def name_gain(
     without the name.
     """
     texts = _reworded(pictures, f" of {model_card(pipe).subject(concept)}", "")
-    asked, errors = _noised(pipe, pictures, count, seed), []
+    asked, errors = _lessons(pipe, pictures, count, seed), []
     for states in (asked.encoder_hidden_states, encode_prompts(pipe, texts)[asked.index]):
         batches = (x.split(32) for x in (asked.noisy, asked.timesteps, states, *asked.wanted))
         inputs = ([x.to(pipe.unet.device) for x in batch] for batch in zip(*batches, strict=True))
-        with _mixed(pipe):
+        with _mixed(pipe, pipe.unet.dtype):
             parts = [(pipe.unet(*x).sample.float() - truth).square().mean((1, 2, 3)) for *x, truth in inputs]
         errors.append(torch.cat(parts).cpu())
     told, untold = errors  # (count,) each, of the same noise
@@ -326,29 +299,48 @@ def name_gain(
     return pd.Series(values, ("told", "untold", "gain", "low", "high"))
 
 
-def _loss(pipe: StableDiffusionPipeline, batch: Lessons, vectors: Tensor | None = None) -> Tensor:
+def _loss(
+    pipe: StableDiffusionPipeline, batch: Lessons, stored: torch.dtype, vectors: Tensor | None = None
+) -> Tensor:
     """Mean |noise - unet(x_t, t, text)|^2, a scalar; DivergedError when it is no number.
 
     With ``vectors`` of new words the batch's texts are token ids, (B, T), which the encoder reads anew.
     """
     text = batch.encoder_hidden_states
-    if vectors is not None:
-        with new_word(pipe, vectors):
-            text = pipe.text_encoder(text)[0]
-    loss = prior_preservation_loss(pipe.unet(batch.noisy, batch.timesteps, text).sample, batch.wanted[0])
+    with _mixed(pipe, stored):
+        if vectors is not None:
+            with new_word(pipe, vectors):
+                text = pipe.text_encoder(text)[0]
+        loss = prior_preservation_loss(pipe.unet(batch.noisy, batch.timesteps, text).sample, batch.wanted[0])
     if not torch.isfinite(loss):
         raise DivergedError(f"the denoising loss became {loss.item()}: expected a number; lower lr")
     return loss
 
 
-def _mixed(pipe: StableDiffusionPipeline) -> torch.autocast:
-    dtype = pipe.unet.dtype
-    return torch.autocast(pipe.unet.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+def _mixed(pipe: StableDiffusionPipeline, stored: torch.dtype) -> torch.autocast:
+    """In the precision ``stored`` of the pipeline, even while its denoiser is trained in 32 bits."""
+    return torch.autocast(pipe.unet.device.type, stored, enabled=stored != torch.float32, cache_enabled=False)
 
 
-def _scaler(pipe: StableDiffusionPipeline) -> torch.amp.GradScaler:
-    """In float16 a quarter of the gradients would vanish, and an attack look weaker than it is."""
-    return torch.amp.GradScaler(pipe.unet.device.type, enabled=pipe.unet.dtype == torch.float16)
+def _descend(
+    pipe: StableDiffusionPipeline,
+    learned: Sequence[Tensor],
+    batches: Iterator[tuple[int, Lessons]],
+    lr: float,
+    stored: torch.dtype,
+    vectors: Tensor | None = None,
+) -> Iterator[tuple[int, float]]:
+    """AdamW takes ``learned`` down the slope of :func:`_loss`: each step's number, and the loss before it."""
+    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
+    # in float16 a quarter of the gradients would vanish, and an attack look weaker than it is
+    scaler = torch.amp.GradScaler(pipe.unet.device.type, enabled=stored == torch.float16)
+    for step, batch in batches:
+        loss = _loss(pipe, batch, stored, vectors)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward(inputs=learned)
+        scaler.step(optimizer)
+        scaler.update()
+        yield step, loss.item()
 
 
 @contextmanager
@@ -398,14 +390,9 @@ def invert_steps(
     """
     asked = _renamed(pipe, concept, pictures, captions.with_article(PLACEHOLDER))
     vector = pipe.text_encoder.get_input_embeddings().weight.detach().float().mean(0).requires_grad_()
-    optimizer, scaler = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0), _scaler(pipe)
-    for step, batch in _batches(pipe, asked, batch_size, seed, steps):
-        with _mixed(pipe):
-            loss = _loss(pipe, batch, vector)
-        (vector.grad,) = torch.autograd.grad(scaler.scale(loss), [vector])
-        scaler.step(optimizer)
-        scaler.update()
-        yield AttackState(step, loss.item(), vector.detach().clone())
+    batches = _batches(pipe, asked, batch_size, seed, steps)
+    for step, loss in _descend(pipe, [vector], batches, lr, pipe.unet.dtype, vector):
+        yield AttackState(step, loss, vector.detach().clone())
 
 
 def search_steps(
@@ -434,18 +421,18 @@ def search_steps(
     alone, own = read(texts, add_special_tokens=False).input_ids, read(concept).input_ids
     usable = torch.tensor([i for i, ids in enumerate(alone) if ids == [i] and i not in own]).to(table.device)
     chosen = usable[torch.randint(len(usable), (words,), generator=lots)]  # (W,)
+    stored = pipe.unet.dtype
     for step, batch in _batches(pipe, asked, batch_size, seed, steps):
         vectors = table[chosen].requires_grad_()
-        with _mixed(pipe):
-            loss = _loss(pipe, batch, vectors)
-        (slope,) = torch.autograd.grad(loss * (1024 if pipe.unet.dtype == torch.float16 else 1), [vectors])
+        loss = _loss(pipe, batch, stored, vectors)
+        (slope,) = torch.autograd.grad(loss * (1024 if stored == torch.float16 else 1), [vectors])
         best = (slope @ table[usable].T).topk(min(32, len(usable)), largest=False).indices  # (W, 32)
         least = loss.item()
         for other in [chosen.clone() for _ in range(candidates)]:
             place, rank = (int(torch.randint(n, (), generator=lots)) for n in best.shape)
             other[place] = usable[best[place, rank]]
-            with torch.no_grad(), _mixed(pipe):
-                now = _loss(pipe, batch, table[other]).item()
+            with torch.no_grad():
+                now = _loss(pipe, batch, stored, table[other]).item()
             if now < least:
                 least, chosen = now, other
         yield AttackState(step, least, words=" ".join(texts[i] for i in chosen))
@@ -466,42 +453,11 @@ def relearn_steps(
     """
     trained, stored = dict(pipe.unet.named_parameters()), pipe.unet.dtype
     before = {name: p.detach().clone() for name, p in trained.items()}
-    mixed, scaler = _mixed(pipe), _scaler(pipe)  # by what is stored: what is trained is in 32 bits
+    batches = _batches(pipe, pictures, batch_size, seed, steps)
     with training(pipe.unet, trained):
-        optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
         try:
-            for step, batch in _batches(pipe, pictures, batch_size, seed, steps):
-                with mixed:
-                    loss = _loss(pipe, batch)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+            for step, loss in _descend(pipe, list(trained.values()), batches, lr, stored):
                 with rounded(trained, stored):
-                    yield AttackState(step, loss.item())
+                    yield AttackState(step, loss)
         finally:
             overwrite(trained, before)
-
-
-def relearning(
-    pipe: StableDiffusionPipeline,
-    concept: str,
-    pictures: Pictures,
-    held_out: Pictures,
-    at: Sequence[int] = (0, 5, 10, 20, 40),
-    lr: float = 2e-4,
-    **options: Any,
-) -> pd.DataFrame:
-    """:func:`plain` surveys before and while ``pictures`` are learned, after ``at`` steps (column ``step``).
-
-    The columns ``told``, ``untold`` and ``gain`` are the :func:`name_gain` on ``held_out`` pictures by then.
-    """
-
-    def look(step: int) -> pd.DataFrame:
-        found = name_gain(pipe, concept, held_out)[["told", "untold", "gain"]]
-        return plain(pipe, concept, **options).assign(step=step, **found)
-
-    surveys = [look(0)] if 0 in at else []
-    with closing(relearn_steps(pipe, pictures, max(at), lr)) as states:
-        surveys += [look(state.step) for state in states if state.step in at]
-    return pd.concat(surveys, ignore_index=True)

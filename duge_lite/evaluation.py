@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -25,17 +26,26 @@ from .errors import ModelNotFoundError, UnknownConceptError
 from .models import ModelCard, data_dir, default_device, model_card, sample, trouble
 
 OTHER = "something else"
-"""What a judge says of a picture that shows none of what was asked for: one with an open choice, or one that
-was calibrated and reaches its threshold for none of it."""
+"""What a judge says of a picture that shows none of what was asked for."""
+
+
+@contextmanager
+def _reading(source: str | Path, kind: str, expected: str) -> Iterator[str | Path]:
+    """The folder or hub id of a judge; ModelNotFoundError when the block cannot read it."""
+    folder = data_dir() / f"doodle-{kind.lower()}" if str(source) == "doodle" else source
+    try:
+        yield folder
+    except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
+        wanted = f"expected {expected}, as safetensors"
+        raise ModelNotFoundError(f"no {kind} at {folder}: {wanted}{trouble(error, folder)}") from error
 
 
 @dataclass(frozen=True)
 class Judge:
     """An image classifier that names what is in a picture.
 
-    The doodle judge is multi-label (objects, styles, backgrounds); it stands in for the ResNet-50
-    of the paper's evaluation. It was taught what is *none* as well: below the threshold that its config.json
-    holds (``calibration``) it sees nothing, and says "something else".
+    The doodle judge is multi-label (objects, styles, backgrounds); it stands in for the ResNet-50 of the
+    paper's evaluation. It was taught what is *none* as well: below its threshold it sees nothing.
 
     Attributes:
         words: for each concept the labels that mean it; None where every label is a concept.
@@ -53,28 +63,20 @@ class Judge:
     ) -> Judge:
         """The judge of a model's card, which knows its concepts by their names: ``Judge.load(card)``.
 
-        Or the shipped doodle judge, or any image classifier in a local folder or on the hub, by its own
-        labels. ``device`` is by default the one that pipelines go to. Raises ModelNotFoundError when it is
-        missing.
+        Or the shipped doodle judge, or any image classifier in a folder or on the hub, by its own labels.
+        ``device`` is by default the one that pipelines go to. Raises ModelNotFoundError when it is missing.
         """
         if isinstance(source, ModelCard):
             told = cls.load(source.judge, device)
             return replace(told, words=source.labels, open_choice=source.open_choice)
-        folder = data_dir() / "doodle-judge" if str(source) == "doodle" else source
-        try:
-            model = ResNetForImageClassification.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32
-            )
-            if str(source) == "doodle":  # by name: without torchvision, older transformers cannot look it up
-                processor = CLIPImageProcessor.from_pretrained(folder)
-            else:  # code that comes with a model is never run, nor asked about
-                processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
-            raise ModelNotFoundError(
-                f"no judge at {folder}: expected an image classifier saved by `save_pretrained`, "
-                f"as safetensors{trouble(error, folder)}"
-            ) from error
-        return cls(model.eval().to(device or default_device()), processor)
+        # the doodles' by name: without torchvision, older transformers cannot look it up
+        reader = CLIPImageProcessor if str(source) == "doodle" else AutoImageProcessor
+        with _reading(source, "judge", "an image classifier saved by `save_pretrained`") as folder:
+            how = {"use_safetensors": True, "dtype": torch.float32}
+            model = ResNetForImageClassification.from_pretrained(folder, **how).eval()
+            # code that comes with a model is never run, nor asked about
+            processor = reader.from_pretrained(folder, trust_remote_code=False)
+        return cls(model.to(device or default_device()), processor)
 
     @property
     def labels(self) -> list[str]:
@@ -82,12 +84,11 @@ class Judge:
 
     @property
     def threshold(self) -> float | None:
-        """The logit above which it sees what a label says, from its config's calibration; None without one.
+        """The logit above which it sees what a label says; None where its config holds no calibration.
 
         There, ``threshold`` is a probability: sigmoid(logit / temperature).
         """
-        told = getattr(self.model.config, "calibration", None)
-        if told is None:
+        if (told := getattr(self.model.config, "calibration", None)) is None:
             return None
         p = told["threshold"]
         return float(told["temperature"] * np.log(p / (1 - p)))
@@ -102,43 +103,45 @@ class Judge:
         return pooled.flatten(1), self.model.classifier(pooled)
 
     @torch.no_grad()
+    def _looks(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """:meth:`look`'s two answers for any number of pictures, float32 on the CPU."""
+        parts = [self.look(self.pixels(images[i : i + 128])) for i in range(0, len(images), 128)]
+        return [torch.cat([x.float().cpu() for x in answer]) for answer in zip(*parts, strict=True)]
+
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """What it sees before it names, (N, D), float32 on the CPU."""
+        return self._looks(images)[0]
+
     def scores(self, images: Sequence[Image.Image], labels: Sequence[str] | None = None) -> pd.DataFrame:
         """Logits, one row per image and one column per label (all of them by default).
 
         Raises UnknownConceptError for a label that this judge was not taught.
         """
-        known, rows = self.labels, []
-        for label in labels or ():
-            if label not in known:
-                raise UnknownConceptError(label, known, what="label of this judge")
-        for start in range(0, len(images), 128):
-            rows.append(self.look(self.pixels(images[start : start + 128]))[1].float().cpu())
-        frame = pd.DataFrame(torch.cat(rows).numpy(), columns=known)
-        return frame if labels is None else frame[list(labels)]
+        known = self.labels
+        labels = known if labels is None else list(labels)
+        if unknown := [label for label in labels if label not in known]:
+            raise UnknownConceptError(unknown[0], known, what="label of this judge")
+        return pd.DataFrame(self._looks(images)[1].numpy(), columns=known)[labels]
 
-    @torch.no_grad()
-    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """:meth:`look`'s first answer for pictures, (N, D), float32 on the CPU."""
-        parts = [self.pixels(images[i : i + 128]) for i in range(0, len(images), 128)]
-        return torch.cat([self.look(p)[0].float().cpu() for p in parts])
+    @property
+    def meaning(self) -> Mapping[str, Sequence[str]]:
+        """For each concept that it knows, the labels that mean it."""
+        return {label: (label,) for label in self.labels} if self.words is None else self.words
 
     def knows(self, concept: str) -> bool:
-        """Whether it has a label for ``concept``."""
-        return concept in (self.labels if self.words is None else self.words)
+        return concept in self.meaning
 
     def _labels_of(self, concept: str) -> list[str]:
         if not self.knows(concept):
-            known = self.labels if self.words is None else list(self.words)
-            raise UnknownConceptError(concept, known, what="label of this judge")
-        return [concept] if self.words is None else list(self.words[concept])
+            raise UnknownConceptError(concept, list(self.meaning), what="label of this judge")
+        return list(self.meaning[concept])
 
     def names(self, images: Sequence[Image.Image], among: Sequence[str]) -> list[str]:
         """The likeliest of the concepts ``among`` for each image.
 
         "something else" where even the likeliest does not reach the judge's threshold, or where the likeliest
         label belongs to none of them, which only an open choice allows. A judge that was never calibrated has
-        no threshold: it has to choose.
-        Raises UnknownConceptError for a concept that it has no label for.
+        no threshold: it has to choose. Raises UnknownConceptError for a concept that it has no label for.
         """
         owner = {label: c for c in among for label in self._labels_of(c)}
         scores = self.scores(images, self.labels if self.open_choice else list(owner))
@@ -150,23 +153,23 @@ class Judge:
     def sees(self, images: Sequence[Image.Image], concept: str) -> np.ndarray:
         """Whether each picture shows ``concept``, whatever else it shows: above the judge's threshold.
 
-        One that was never calibrated goes by a probability of one half.
-
-        A judge of an open choice gives one label: it sees what it names.
+        One that was never calibrated goes by a probability of one half; one of an open choice gives one
+        label, and sees what it names.
         """
         if self.open_choice:
             return np.array(self.names(images, [concept])) == concept
-        threshold = 0.0 if self.threshold is None else self.threshold
-        return (self.scores(images, self._labels_of(concept)) > threshold).any(axis=1).to_numpy()
+        return (
+            (self.scores(images, self._labels_of(concept)) > (self.threshold or 0.0)).any(axis=1).to_numpy()
+        )
 
 
 @dataclass(frozen=True)
 class ClipJudge(Judge):
     """A judge of any words: CLIP names the text that fits a picture best, of those that it was given.
 
-    Zero-shot (Radford et al., arXiv 2103.00020). Its weakness: it has no threshold and must choose. It says
-    "something else" only where one of the ``others`` fits better than all that was asked about. So give it
-    texts for what may stand there as well, and look at the pictures.
+    Zero-shot (Radford et al., arXiv 2103.00020). It has no threshold and must choose: it says "something
+    else" only where one of the ``others`` fits better than all that was asked about. So give it texts for
+    what may stand there as well, and look at the pictures.
     """
 
     texts: torch.Tensor = field(kw_only=True)  # (L, D), a row per text, of length 1
@@ -178,26 +181,20 @@ class ClipJudge(Judge):
         words: Mapping[str, Sequence[str]],
         source: str | Path = "openai/clip-vit-large-patch14",
         others: Sequence[str] = ("a photo",),
-        device: str | torch.device | None = None,
     ) -> ClipJudge:
         """``words``: for each concept texts that describe it, ``{"Van Gogh": ["a painting by Van Gogh"]}``.
 
         ``source`` is "doodle", a folder or a hub id. Raises ModelNotFoundError when it is missing.
         """
-        folder = data_dir() / "doodle-clip" if str(source) == "doodle" else source
-        try:
+        with _reading(source, "CLIP", "a CLIPModel") as folder:
             model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
             read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             processor = CLIPImageProcessor.from_pretrained(folder)
-        except Exception as error:  # transformers, the hub and safetensors each raise their own kinds
-            raise ModelNotFoundError(
-                f"no CLIP at {folder}: expected a CLIPModel, as safetensors{trouble(error, folder)}"
-            ) from error
         known = (*(text for texts in words.values() for text in texts), *others)
         with torch.no_grad():
             told = model.text_model(**read(list(known), padding=True, truncation=True, return_tensors="pt"))
             texts = F.normalize(model.text_projection(told.pooler_output), dim=-1)
-        return cls(model.to(device or default_device()), processor, words, True, texts=texts, known=known)
+        return cls(model.to(default_device()), processor, words, True, texts=texts, known=known)
 
     @property
     def labels(self) -> list[str]:
@@ -218,52 +215,80 @@ def wilson_interval(hits: int, count: int, z: float = 1.96) -> tuple[float, floa
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def check_countable(card: ModelCard, concept: str, judge: Judge | None = None) -> None:
-    """ValueError for a concept that ``judge``, by default the card's, has no label for.
+def counted(groups: pd.api.typing.SeriesGroupBy, share: str) -> pd.DataFrame:
+    """How often each group's truths hold: ``images``, their ``share``, ``low`` and ``high`` (95 % Wilson)."""
+    table = groups.agg(["size", "mean"]).set_axis(["images", share], axis=1)
+    table[["low", "high"]] = [wilson_interval(int(truths.sum()), len(truths)) for _, truths in groups]
+    return table
 
-    UnknownConceptError where the model does not even read the word.
+
+def judge_of(
+    pipe: StableDiffusionPipeline, card: ModelCard, concepts: Iterable[str], judge: Judge | None = None
+) -> Judge:
+    """``judge``, or the card's, where it can count all ``concepts``.
+
+    Raises UnknownConceptError for a word that the model never read, ValueError for one that the judge has no
+    label for.
     """
-    if not card.open_words:
-        card.check(concept)
-    if concept not in card.labels if judge is None else not judge.knows(concept):
-        bring = 'judge=duge.ClipJudge.of({"name": ["a text that describes it"], ...})'
-        told = card.judge if judge is None else "that was given"
-        raise ValueError(
-            f"the judge {told} has no label for {concept!r}: it cannot be counted. Bring one: {bring}"
-        )
+    for concept in concepts:
+        if not card.open_words:
+            card.check(concept)
+        if concept not in card.labels if judge is None else not judge.knows(concept):
+            bring = 'judge=duge.ClipJudge.of({"name": ["a text that describes it"], ...})'
+            told = card.judge if judge is None else "that was given"
+            raise ValueError(
+                f"the judge {told} has no label for {concept!r}: it cannot be counted. Bring one: {bring}"
+            )
+    return judge or Judge.load(card, pipe.device)
 
 
 def choices(card: ModelCard, concepts: Iterable[str], judge: Judge) -> list[str]:
     """What ``judge`` chooses among for ``concepts`` of one kind: the card's styles or objects, and them."""
-    all_of_them = dict.fromkeys([*card.judged, *card.styles, *(concepts := list(concepts))])
+    concepts = list(concepts)
     style = concepts[0] in card.styles
-    return [c for c in all_of_them if (c in card.styles) == style and judge.knows(c)]
+    every = dict.fromkeys([*card.judged, *card.styles, *concepts])
+    return [c for c in every if (c in card.styles) == style and judge.knows(c)]
+
+
+def draw_groups(
+    pipe: StableDiffusionPipeline,
+    prompts: Mapping[str, Sequence[str]],
+    images: int,
+    seed: int = 0,
+    **options: object,
+) -> pd.DataFrame:
+    """``images`` pictures for each group of ``prompts``, which take turns; a row for each picture.
+
+    Picture i of every group starts from the noise of ``seed + i``; ``options`` are those of
+    :func:`duge_lite.sample`. Returns the columns ``group``, ``prompt`` and ``picture`` (PIL).
+    """
+    turns = range(images)
+    rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in turns]
+    frame = pd.DataFrame(rows, columns=["group", "prompt"])
+    pictures = sample(pipe, list(frame.prompt), [seed + i for _ in prompts for i in turns], **options)
+    return frame.assign(picture=pd.Series(pictures, dtype=object))
 
 
 def evaluate(
     pipe: StableDiffusionPipeline,
     concepts: Sequence[str] | None = None,
     images: int = 10,
-    style: str | None = None,
     judge: Judge | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
     seed: int = 0,
     card: ModelCard | None = None,
+    **options: object,
 ) -> pd.DataFrame:
     """Draws ``images`` pictures of each concept and lets the judge name them.
 
-    A concept is an object, drawn in ``style`` (the plain one by default), or itself a style, drawn with the
-    objects in turn and named among the styles.
-
-    Picture i of every concept starts from the same noise in every call, so that two models are compared
-    on the same seeds. ``concepts`` defaults to all objects that the judge knows, ``judge`` to the card's.
+    A concept is an object, asked for plainly, or a style, drawn with the objects in turn and named among the
+    styles. Picture i of every concept starts from the same noise in every call, so that two models are
+    compared on the same seeds. ``concepts`` defaults to all objects that the judge knows, ``judge`` to the
+    card's; ``options`` are those of :func:`duge_lite.sample`.
 
     Returns a DataFrame indexed by concept: ``accuracy`` (share of pictures named right, among the card's
     concepts or styles, or among all that the judge knows if the card says so), ``low`` and ``high`` (95 %
-    Wilson interval), ``images``, ``mostly`` (what the judge says most often). Raises UnknownConceptError for
-    a word that the model never read, ValueError for one that the judge does not know: on a model of open
-    words bring a :class:`ClipJudge`.
+    Wilson interval), ``images``, ``mostly`` (what the judge says most often). Raises what :func:`judge_of`
+    raises: on a model of open words bring a :class:`ClipJudge`.
     """
     card = card or model_card(pipe)
     if isinstance(concepts, str) or not isinstance(concepts, Iterable | None):
@@ -273,30 +298,15 @@ def evaluate(
         raise TypeError(f"images = {images!r}: expected a whole number of pictures of each concept")
     if not concepts or images < 1:
         raise ValueError(f"{len(concepts)} concepts, {images} images: expected at least one of each")
-    for concept in concepts:
-        check_countable(card, concept, judge)
-    judge = judge or Judge.load(card, pipe.device)
-
-    def asked(concept: str) -> list[str]:
-        texts = card.prompts(concept) if concept in card.styles else [card.prompt(concept, style)]
-        return [texts[i % len(texts)] for i in range(images)]
-
-    prompts = [text for c in concepts for text in asked(c)]
-    seeds = [seed + i for _ in concepts for i in range(images)]
-    pictures = sample(pipe, prompts, seeds, num_inference_steps, guidance_scale, card=card)
-    named = np.empty(len(pictures), dtype=object)
-    for styles in (False, True):
-        mine = [i for i in range(len(pictures)) if (concepts[i // images] in card.styles) == styles]
-        if mine:
-            among = choices(card, (concepts[i // images] for i in mine), judge)
-            named[mine] = judge.names([pictures[i] for i in mine], among)
-    rows = []
-    for concept, row in zip(concepts, named.reshape(len(concepts), images), strict=True):
-        hits = int((row == concept).sum())
-        low, high = wilson_interval(hits, images)
-        mostly = pd.Series(row).mode()[0]
-        rows.append({"accuracy": hits / images, "low": low, "high": high, "images": images, "mostly": mostly})
-    return pd.DataFrame(rows, index=pd.Index(concepts, name="concept"))
+    judge = judge_of(pipe, card, concepts, judge)
+    prompts = {c: card.prompts(c) if c in card.styles else [card.prompt(c)] for c in concepts}
+    frame = draw_groups(pipe, prompts, images, seed, card=card, **options)
+    frame["named"] = OTHER
+    for _, kind in frame.groupby(frame.group.isin(card.styles)):  # objects, and styles
+        frame.loc[kind.index, "named"] = judge.names(list(kind.picture), choices(card, kind.group, judge))
+    groups = frame.assign(right=frame.named == frame.group).groupby("group", sort=False)
+    table = counted(groups.right, "accuracy").assign(mostly=groups.named.agg(lambda said: said.mode()[0]))
+    return table[["accuracy", "low", "high", "images", "mostly"]].rename_axis("concept")
 
 
 def sequence_metrics(matrix: pd.DataFrame, requests: Sequence[str], card: ModelCard) -> pd.DataFrame:
@@ -330,27 +340,25 @@ def sequence_metrics(matrix: pd.DataFrame, requests: Sequence[str], card: ModelC
     if len(matrix) != len(requests) + 1:
         raise ValueError(f"{len(matrix)} rows for {len(requests)} requests: expected one more, the base's")
     values, rows = matrix.reset_index(drop=True), []
-
-    def mean(accuracies: pd.Series) -> float:
-        return float(accuracies.mean()) if len(accuracies) else float("nan")
-
-    for k in range(1, len(values)):
+    for k, request in enumerate(requests, 1):
         now, gone = values.loc[k], list(requests[:k])
         kept = [c for c in columns if c not in gone]
-        mine = [c for c in kept if (c in styles) == (requests[k - 1] in styles)]
-        other = [c for c in kept if c not in mine]
-        row = {"UA": 1 - mean(now[gone])}
-        row["objects kept"] = mean(now[[c for c in kept if c not in styles]])
-        row["styles kept"] = mean(now[[c for c in kept if c in styles]])
-        row |= {"IRA": mean(now[mine]), "CRA": mean(now[other])}
-        parts = [v for v in (row["UA"], row["IRA"], row["CRA"]) if not np.isnan(v)]
-        row["HM"] = len(parts) / sum(1 / v for v in parts) if min(parts) > 0 else 0.0
-        row["revival"] = mean(now[gone[:-1]])
-        row["forgetting"] = mean(values.loc[:k, kept].max() - now[kept])
-        row["transfer"] = mean(now[kept] - values.loc[0, kept])
-        row["gain"] = mean(values.loc[0, gone] - now[gone])
-        rows.append({"request": requests[k - 1], **row})
+        mine = [c for c in kept if (c in styles) == (request in styles)]
+        row = {"request": request, "UA": 1 - now[gone].mean()}
+        row["objects kept"] = now[[c for c in kept if c not in styles]].mean()
+        row["styles kept"] = now[[c for c in kept if c in styles]].mean()
+        row |= {"IRA": now[mine].mean(), "CRA": now[[c for c in kept if c not in mine]].mean()}
+        row["HM"] = _harmonic_mean([row[part] for part in ("UA", "IRA", "CRA") if not np.isnan(row[part])])
+        row["revival"] = now[gone[:-1]].mean()
+        row["forgetting"] = (values.loc[:k, kept].max() - now[kept]).mean()
+        row["transfer"] = (now[kept] - values.loc[0, kept]).mean()
+        row["gain"] = (values.loc[0, gone] - now[gone]).mean()
+        rows.append(row)
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(values), name="after"))
+
+
+def _harmonic_mean(parts: Sequence[float]) -> float:
+    return len(parts) / sum(1 / p for p in parts) if min(parts) > 0 else 0.0
 
 
 def err(forgetting: float, retention: float, adjacent: float, indirect: float, adversarial: float) -> float:
@@ -363,7 +371,7 @@ def err(forgetting: float, retention: float, adjacent: float, indirect: float, a
     parts = (forgetting, retention, adjacent, indirect, adversarial)
     if not all(0 <= p <= 1 for p in parts):
         raise ValueError(f"{parts}: expected five shares from 0 to 1")
-    return len(parts) / sum(1 / p for p in parts) if min(parts) > 0 else 0.0
+    return _harmonic_mean(parts)
 
 
 def kid(before: Sequence[Image.Image], after: Sequence[Image.Image], judge: Judge) -> float:
@@ -371,9 +379,8 @@ def kid(before: Sequence[Image.Image], after: Sequence[Image.Image], judge: Judg
 
     0 for the same distribution (it can be a little below, the estimate is unbiased): the squared maximum mean
     discrepancy under the kernel (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401), over all pictures at
-    once. Comparable only with other distances that the same judge measured on as many pictures.
-
-    Raises ValueError for fewer than two pictures.
+    once. Comparable only with other distances that the same judge measured on as many pictures. Raises
+    ValueError for fewer than two.
     """
     if min(len(before), len(after)) < 2:
         raise ValueError(f"{len(before)} and {len(after)} pictures: expected at least two of each")

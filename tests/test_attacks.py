@@ -135,16 +135,6 @@ def test_a_style_keeps_no_company(tiny_pipe, tiny_judge):
         attacks.company(tiny_pipe, "neon", judge=tiny_judge, **QUICK)
 
 
-def test_leakage_never_says_the_name_and_dreams_are_unguided(tiny_pipe, tiny_judge):
-    sizes = []
-    hook = tiny_pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    frame = attacks.leakage(tiny_pipe, "apple", judge=tiny_judge, **QUICK)
-    hook.remove()
-    assert not any("apple" in prompt for prompt in frame.prompt)
-    assert list(frame.prompt[:2]) == ["", ""] and len(set(frame.prompt[2:])) == 2
-    assert sizes == [2, 4]  # two pictures, without guidance; two with it
-
-
 # ---------------------------------------------------------------------------- pictures, no words
 
 
@@ -523,26 +513,6 @@ def test_what_is_no_number_stops_the_attack(tiny_pipe, pictures, attack):
         else:
             next(attacks.relearn_steps(tiny_pipe, broken))
     assert unchanged(tiny_pipe, before)
-
-
-@pytest.mark.slow
-def test_a_relearning_survey_looks_before_and_along_the_way(tiny_pipe, tiny_judge, pictures):
-    before = fingerprint(tiny_pipe)
-    frame = attacks.relearning(
-        tiny_pipe, "apple", pictures, pictures, at=(0, 1, 3), lr=1e-2, judge=tiny_judge, **QUICK
-    )
-    assert list(frame.step) == [0, 0, 1, 1, 3, 3]
-    one, _, _, other = (np.asarray(frame.picture[i], int) for i in (0, 1, 2, 4))
-    assert np.abs(one - other).max() > 1
-    assert unchanged(tiny_pipe, before)
-    late = attacks.relearning(
-        tiny_pipe, "apple", pictures, pictures, at=(1,), lr=1e-2, judge=tiny_judge, **QUICK
-    )
-    gain = attacks.name_gain(tiny_pipe, "apple", pictures).gain
-    assert frame.gain[0] == frame.gain[1] == gain != frame.gain[2] == late.gain[0]
-    counts = attacks.shares(frame, "apple", "step")
-    assert counts.gain[0] == pytest.approx(gain) and counts.told[3] == pytest.approx(frame.told[4])
-    assert np.array_equal(np.asarray(late.picture[0]), np.asarray(frame.picture[2]))
 
 
 @pytest.mark.slow
