@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,9 @@ from conftest import family
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import duge_lite as duge
-from duge_lite import attacks, checks
+from duge_lite import attacks
 from duge_lite.doodles import SYNONYMS, captions
-from duge_lite.errors import DivergedError, UnknownConceptError
+from duge_lite.errors import DivergedError
 from duge_lite.evaluation import wilson_interval
 from duge_lite.models import Pictures, encode_prompts
 
@@ -29,18 +30,22 @@ def pictures(tiny_pipe):
     return Pictures(latents, encode_prompts(tiny_pipe, prompts), prompts)
 
 
-def fingerprint(pipe):
-    """All weights, gradients, flags and hooks that an attack could leave behind."""
-    modules = [m for part in (pipe.unet, pipe.text_encoder) for m in part.modules()]
-    named = [*pipe.unet.named_parameters(), *pipe.text_encoder.named_parameters()]
-    weights = {n: p.detach().clone() for n, p in named}
-    flags = [(p.requires_grad, p.grad is None, p.dtype) for _, p in named]
-    return weights, flags, [len(m._forward_hooks) for m in modules], len(pipe.tokenizer)
+@contextmanager
+def untouched(pipe):
+    """After the block all is as it was that an attack could leave behind; yields the weights before."""
 
+    def now():
+        named = [*pipe.unet.named_parameters(), *pipe.text_encoder.named_parameters()]
+        flags = [(p.requires_grad, p.grad is None, p.dtype) for _, p in named]
+        modules = [m for part in (pipe.unet, pipe.text_encoder) for m in part.modules()]
+        hooks = [len(m._forward_hooks) for m in modules]
+        whole = {n: p.detach().clone() for n, p in named} | {"noise": torch.get_rng_state()}
+        return whole, (flags, hooks, len(pipe.tokenizer), pipe.scheduler, pipe.unet)
 
-def unchanged(pipe, before):
-    weights, *rest = fingerprint(pipe)
-    return rest == list(before[1:]) and all(torch.equal(w, before[0][n]) for n, w in weights.items())
+    weights, rest = now()
+    yield weights
+    after, others = now()
+    assert rest == others and all(torch.equal(after[name], w) for name, w in weights.items())
 
 
 # ---------------------------------------------------------------------------- surveys
@@ -48,9 +53,8 @@ def unchanged(pipe, before):
 
 def test_a_survey_has_a_row_per_picture_on_fixed_seeds(tiny_pipe, tiny_judge):
     prompts = {"one": ["a photo of a car", "a photo of a star"], "two": ["a photo of a car"]}
-    frame = attacks.survey(
-        tiny_pipe, "apple", prompts, images=3, judge=tiny_judge, seed=4, num_inference_steps=1
-    )
+    how = {"judge": tiny_judge, "seed": 4, "num_inference_steps": 1}
+    frame = attacks.survey(tiny_pipe, "apple", prompts, 3, **how)
     assert list(frame.group) == ["one"] * 3 + ["two"] * 3
     assert list(frame.prompt[:3]) == ["a photo of a car", "a photo of a star", "a photo of a car"]
     alone = duge.sample(tiny_pipe, "a photo of a car", seed=6, num_inference_steps=1)[0]
@@ -60,42 +64,24 @@ def test_a_survey_has_a_row_per_picture_on_fixed_seeds(tiny_pipe, tiny_judge):
     assert set(frame.named) <= set(duge.doodles.OBJECTS)
 
 
-def test_a_style_is_named_among_styles(tiny_pipe, tiny_judge):
-    frame = attacks.plain(tiny_pipe, "neon", judge=tiny_judge, **QUICK)
-    assert set(frame.named) <= set(duge.doodles.STYLES)
-    assert all("neon" in prompt for prompt in frame.prompt)
-
-
-def test_what_is_unknown_is_said(tiny_pipe, tiny_judge):
-    with pytest.raises(UnknownConceptError, match="apple"):
-        attacks.plain(tiny_pipe, "aple", judge=tiny_judge, **QUICK)
-
-
 def test_shares_count_with_their_interval():
-    frame = pd.DataFrame(
-        {
-            "model": ["b"] * 4 + ["a"] * 2,
-            "group": "g",
-            "seen": [True, False, True, True, False, False],
-            "named": ["apple", "apple", "car", "apple", "apple", "car"],
-        }
-    )
+    seen, named = [True, False, True, True, False, False], ["apple", "apple", "car", "apple", "apple", "car"]
+    frame = pd.DataFrame({"model": ["b"] * 4 + ["a"] * 2, "group": "g", "seen": seen, "named": named})
     table = attacks.shares(frame, "apple", by=["group", "model"])
     assert list(table.index) == [("g", "b"), ("g", "a")]  # in the order in which they come
-    assert list(table.images) == [4, 2] and list(table.seen) == [0.75, 0.0]
-    assert list(table.named) == [0.75, 0.5]
-    assert (table.low.iloc[0], table.high.iloc[0]) == wilson_interval(3, 4)
-    assert (table.low.iloc[1], table.high.iloc[1]) == wilson_interval(0, 2)
+    assert list(table.columns) == ["images", "seen", "low", "high", "named"]
+    assert table.iloc[0].tolist() == [4, 0.75, *wilson_interval(3, 4), 0.75]
+    assert table.iloc[1].tolist() == [2, 0.0, *wilson_interval(0, 2), 0.5]
     assert list(attacks.shares(frame, "apple", by="model").index) == ["b", "a"]
 
 
-def test_compare_asks_every_model_the_same(tiny_pipe, tiny_judge):
-    frame = attacks.compare({"a": tiny_pipe, "b": tiny_pipe}, attacks.plain, "car", judge=tiny_judge, **QUICK)
-    one, two = (frame[frame.model == name] for name in "ab")
-    assert len(one) == len(two) == 2 and set(frame.attack) == {"plain"}
-    assert all(
-        np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(one.picture, two.picture, strict=True)
-    )
+def test_compare_asks_every_model_the_same_and_names_a_style_among_styles(tiny_pipe, tiny_judge):
+    two = {"a": tiny_pipe, "b": tiny_pipe}
+    frame = attacks.compare(two, attacks.plain, "neon", judge=tiny_judge, **QUICK)
+    assert list(frame.model) == ["a", "a", "b", "b"] and set(frame.attack) == {"plain"}
+    for one, other in zip(frame.picture[:2], frame.picture[2:], strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert set(frame.named) <= set(duge.doodles.STYLES) and frame.prompt.str.contains("neon").all()
 
 
 # ---------------------------------------------------------------------------- other words
@@ -108,18 +94,11 @@ def test_paraphrases_are_words_that_unlearning_never_sees(tiny_pipe, concept):
     known = set(card.prompts(concept)) | set(card.nameless(concept))
     assert all(len(texts) == len(set(texts)) and not known & set(texts) for texts in groups.values())
     if concept in card.styles:
-        assert list(groups) == ["phrasing"]
         assert len(groups["phrasing"]) == len(card.concepts) * len(captions.HELD_OUT_TEMPLATES[concept])
     else:
-        assert list(groups) == ["phrasing", "synonym"]
         assert all(concept in text for text in groups["phrasing"])
-        assert all(SYNONYMS[concept] in text for text in groups["synonym"])
-
-
-def test_synonyms_are_those_that_a_model_was_taught(tiny_pipe):
-    card = replace(duge.model_card(tiny_pipe), name="some other model")
-    groups = card.paraphrases("apple")
-    assert list(groups) == ["phrasing"] and not any("pippin" in text for text in groups["phrasing"])
+        assert all(SYNONYMS[concept] in text for text in groups.pop("synonym"))
+    assert replace(card, name="not taught synonyms").paraphrases(concept) == groups
 
 
 def test_company_is_everybody_else_in_both_places(tiny_pipe, tiny_judge):
@@ -128,9 +107,6 @@ def test_company_is_everybody_else_in_both_places(tiny_pipe, tiny_judge):
     assert first[0] == "a photo of an apple next to an orange"
     assert second[0] == "a photo of an orange next to an apple"
     assert len(set(first)) == len(set(second)) == 19
-
-
-def test_a_style_keeps_no_company(tiny_pipe, tiny_judge):
     with pytest.raises(ValueError, match="'neon' is a style"):
         attacks.company(tiny_pipe, "neon", judge=tiny_judge, **QUICK)
 
@@ -207,15 +183,14 @@ def given(tiny_pipe):
 )
 def test_completion_finishes_what_another_began(dreamer, dream, seen):
     (base, _), (pipe, judge) = dreamer("knows"), dreamer(dream)
-    own = pipe.unet
-    frame = attacks.completion(
-        pipe, "apple", base, at=(0, 2, 4), images=3, judge=judge, num_inference_steps=4, batch_size=2
-    )
+    how = {"images": 3, "num_inference_steps": 4, "batch_size": 2}
+    with untouched(pipe):
+        frame = attacks.completion(pipe, "apple", base, at=(0, 2, 4), judge=judge, **how)
     assert list(frame.group) == [f"{k} of 4 steps" for k in (0, 2, 4) for _ in range(3)]
-    assert (base.unet.calls, own.calls) == (2 * (2 + 4), 2 * (4 + 2))  # two batches each
+    assert (base.unet.calls, pipe.unet.calls) == (2 * (2 + 4), 2 * (4 + 2))  # two batches each
     shares = frame.groupby("group", sort=False).seen.mean()
     assert all(want is None or share == want for share, want in zip(shares, seen, strict=True))
-    assert pipe.unet is own and frame.prompt[0] == "a photo of an apple"
+    assert frame.prompt[0] == "a photo of an apple"
 
 
 def test_completion_by_oneself_is_drawing(tiny_pipe, tiny_judge):
@@ -253,11 +228,11 @@ def test_the_given_half_stays_and_tells_nothing_of_the_other(dreamer, given):
 
 def test_the_noise_of_a_picture_is_found_where_there_is_one(dreamer, given):
     pipe, judge = dreamer("unnamed")
-    scheduler = pipe.scheduler
     spread = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     given = replace(given, latents=given.latents + 0.1 * spread)
-    frame = attacks.noise_inversion(pipe, "apple", given, judge=judge)
-    assert pipe.scheduler is scheduler and pipe.unet.calls == 50
+    with untouched(pipe):
+        frame = attacks.noise_inversion(pipe, "apple", given, judge=judge)
+    assert pipe.unet.calls == 50
     assert frame.seen.all() and (frame.error * float(given.latents.std())).max() < 0.1
     fickle, _ = dreamer(lambda noisy, text: torch.ones_like(noisy) * (1 if fickle.unet.calls <= 25 else -1))
     other = attacks.noise_inversion(fickle, "apple", given, judge=judge)
@@ -277,23 +252,21 @@ def test_the_error_is_in_units_of_the_pictures_spread(tiny_pipe, pictures, tiny_
 @pytest.mark.parametrize("kind", ["sd1", "v", "sdxl"])
 def test_every_family_is_probed_without_words(tokenizer, kind):
     pipe = family(kind, tokenizer)
-    drawn = duge.sample(pipe, ["a photo of an apple"] * 3, num_inference_steps=1)
-    judge, before = Seer(pipe), fingerprint(pipe)
-    given = attacks.encode_pictures(pipe, drawn, ["a photo of an apple"] * 3)
-    how = {"judge": judge, "num_inference_steps": 2}
-    for frame in (
-        attacks.completion(pipe, "apple", pipe, at=(1,), images=3, **how),
-        attacks.redrawing(pipe, "apple", given, 0.5, **how),
-        attacks.redrawing(pipe, "apple", given, half=True, **how),
-        attacks.noise_inversion(pipe, "apple", given, **how),
-    ):
-        assert len(frame) == 3 and {"group", "prompt", "picture", "named", "seen"} <= set(frame)
-    assert unchanged(pipe, before)
+    prompts, how = ["a photo of an apple"] * 3, {"judge": Seer(pipe), "num_inference_steps": 2}
+    given = attacks.encode_pictures(pipe, duge.sample(pipe, prompts, num_inference_steps=1), prompts)
+    with untouched(pipe):
+        for frame in (
+            attacks.completion(pipe, "apple", pipe, at=(1,), images=3, **how),
+            attacks.redrawing(pipe, "apple", given, 0.5, **how),
+            attacks.redrawing(pipe, "apple", given, half=True, **how),
+            attacks.noise_inversion(pipe, "apple", given, **how),
+        ):
+            assert len(frame) == 3 and {"group", "prompt", "picture", "named", "seen"} <= set(frame)
     if kind == "sdxl":
         with pytest.raises(ValueError, match="XL reads two texts: expected 1.x or 2.x"):
             next(attacks.relearn_steps(pipe, given))
     if kind == "v":
-        fine = attacks.noise_inversion(pipe, "apple", given, 25, judge)
+        fine = attacks.noise_inversion(pipe, "apple", given, 25, how["judge"])
         assert fine.error.mean() < 0.5 * frame.error.mean()
 
 
@@ -304,33 +277,23 @@ def test_a_new_word_means_its_vector_and_nothing_else_changes(tiny_pipe):
     table = tiny_pipe.text_encoder.get_input_embeddings().weight.detach()
     (token,) = tiny_pipe.tokenizer("star", add_special_tokens=False).input_ids
     ask = ["a photo of a x", "a photo of a car"]
-    plain = encode_prompts(tiny_pipe, ask)
-    before = fingerprint(tiny_pipe)
-    with attacks.new_word(tiny_pipe, table[token]) as word:
+    plain, star = (encode_prompts(tiny_pipe, texts) for texts in (ask, ["a photo of a star"]))
+    with untouched(tiny_pipe), pytest.raises(RuntimeError), attacks.new_word(tiny_pipe, table[token]) as word:
         assert word == "x"
         now = encode_prompts(tiny_pipe, ask)
-    star = encode_prompts(tiny_pipe, ["a photo of a star"])
-    torch.testing.assert_close(now[:1], star)
-    torch.testing.assert_close(now[1], plain[1])
-    assert not torch.allclose(now[0], plain[0], atol=1e-3)
-    assert unchanged(tiny_pipe, before)
-
-
-def test_a_new_word_is_forgotten_after_an_error(tiny_pipe):
-    before = fingerprint(tiny_pipe)
-    with pytest.raises(RuntimeError), attacks.new_word(tiny_pipe, torch.zeros(128)):
         raise RuntimeError
-    assert unchanged(tiny_pipe, before)
+    torch.testing.assert_close(now, torch.cat([star, plain[1:]]))
+    assert not torch.allclose(now[0], plain[0], atol=1e-3)
 
 
 def test_inversion_learns_a_vector_and_only_that(tiny_pipe, pictures):
-    before, noise = fingerprint(tiny_pipe), torch.get_rng_state()
-    states = list(attacks.invert_steps(tiny_pipe, "apple", pictures, steps=3, batch_size=2))
+    with untouched(tiny_pipe):
+        states, again = (
+            list(attacks.invert_steps(tiny_pipe, "apple", pictures, steps=3, batch_size=2)) for _ in "ab"
+        )
     assert [s.step for s in states] == [1, 2, 3]
     assert states[-1].vector.shape == (128,) and not states[-1].vector.requires_grad
     assert not torch.equal(states[0].vector, states[1].vector)
-    assert unchanged(tiny_pipe, before) and torch.equal(noise, torch.get_rng_state())
-    again = list(attacks.invert_steps(tiny_pipe, "apple", pictures, steps=3, batch_size=2))
     assert torch.equal(states[-1].vector, again[-1].vector)
 
 
@@ -353,9 +316,11 @@ def test_inversion_goes_downhill(tiny_pipe, pictures):
     assert loss(first + 100 * step) < loss(first) < loss(first - 100 * step)
 
 
-def test_inversion_needs_the_name_in_every_prompt(tiny_pipe, tiny_memory):
+def test_every_prompt_has_to_say_the_name(tiny_pipe, tiny_memory):
     with pytest.raises(ValueError, match="'a photo of an orange': expected one that says 'an apple'"):
         next(attacks.invert_steps(tiny_pipe, "apple", tiny_memory))
+    with pytest.raises(ValueError, match="expected one that says ' of an apple'"):
+        attacks.name_gain(tiny_pipe, "apple", tiny_memory)
 
 
 # ---------------------------------------------------------------------------- words of the vocabulary
@@ -374,11 +339,11 @@ def listener(tiny_pipe, dreamer, given):
 
 
 def test_words_are_sought_that_the_model_listens_to(listener, given):
-    before = fingerprint(listener)
     how = {"steps": 25, "words": 2, "candidates": 30, "batch_size": 2}
-    states = list(attacks.search_steps(listener, "apple", given, **how))
+    with untouched(listener):
+        states = list(attacks.search_steps(listener, "apple", given, **how))
     assert states[-1].words == "star harp" and states[-1].loss < 1e-4 < states[0].loss
-    assert unchanged(listener, before) and [s.step for s in states] == list(range(1, 26))
+    assert [s.step for s in states] == list(range(1, 26))
     again = [s.words for s in attacks.search_steps(listener, "apple", given, **how | {"steps": 3})]
     assert again == [s.words for s in states[:3]]
 
@@ -414,34 +379,28 @@ def test_pictures_are_encoded_like_the_models_own(doodle_master):
 
 
 def test_the_gain_is_the_share_of_the_error_that_the_name_takes_away(tiny_pipe, pictures):
-    before = fingerprint(tiny_pipe)
-    found = attacks.name_gain(tiny_pipe, "apple", pictures, count=40)
+    with untouched(tiny_pipe):
+        found = attacks.name_gain(tiny_pipe, "apple", pictures, count=40)
     assert found.gain == pytest.approx(1 - found.told / found.untold, abs=1e-5)
     assert found.low < found.gain < found.high
-    nameless = Pictures(
-        pictures.latents, encode_prompts(tiny_pipe, ["a photo", "a neon sign"]), pictures.prompts
-    )
-    same = attacks.name_gain(tiny_pipe, "apple", nameless, count=40)
+    nameless = encode_prompts(tiny_pipe, ["a photo", "a neon sign"])
+    same = attacks.name_gain(tiny_pipe, "apple", replace(pictures, encoder_hidden_states=nameless), count=40)
     assert same.told == same.untold == pytest.approx(found.untold) and same.gain == 0
-    assert unchanged(tiny_pipe, before)
-    with pytest.raises(ValueError, match="expected one that says ' of a car'"):
-        attacks.name_gain(tiny_pipe, "car", pictures)
 
 
 # ---------------------------------------------------------------------------- relearning
 
 
 def test_relearning_changes_the_denoiser_and_puts_it_back(tiny_pipe, pictures):
-    before, noise = fingerprint(tiny_pipe), torch.get_rng_state()
-    losses = []
-    for state in attacks.relearn_steps(tiny_pipe, pictures, steps=3, batch_size=2):
-        now = fingerprint(tiny_pipe)[0]
-        changed = [n for n, w in now.items() if not torch.equal(w, before[0][n])]
-        assert len(changed) > 50  # not the text encoder's
-        assert not set(changed) & {n for n, _ in tiny_pipe.text_encoder.named_parameters()}
-        losses.append(state.loss)
-    assert unchanged(tiny_pipe, before) and torch.equal(noise, torch.get_rng_state())
-    again = [s.loss for s in attacks.relearn_steps(tiny_pipe, pictures, steps=3, batch_size=2)]
+    how, others = {"steps": 3, "batch_size": 2}, dict(tiny_pipe.text_encoder.named_parameters())
+    with untouched(tiny_pipe) as before:
+        losses = []
+        for state in attacks.relearn_steps(tiny_pipe, pictures, **how):
+            changed = [n for n, p in tiny_pipe.unet.named_parameters() if not torch.equal(p, before[n])]
+            assert len(changed) > 50
+            assert all(torch.equal(p, before[n]) for n, p in others.items())
+            losses.append(state.loss)
+    again = [s.loss for s in attacks.relearn_steps(tiny_pipe, pictures, **how)]
     assert losses == again and len(losses) == 3
 
 
@@ -452,40 +411,46 @@ def test_relearning_learns(tiny_pipe, pictures):
 
 @pytest.mark.parametrize("how", ["close", "throw"])
 def test_relearning_puts_back_what_it_had_when_it_is_stopped(tiny_pipe, pictures, how):
-    before = fingerprint(tiny_pipe)
-    states = attacks.relearn_steps(tiny_pipe, pictures, steps=5, batch_size=2)
-    next(states)
-    if how == "close":
-        states.close()
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            states.throw(KeyboardInterrupt())
-    assert unchanged(tiny_pipe, before)
+    with untouched(tiny_pipe):
+        states = attacks.relearn_steps(tiny_pipe, pictures, steps=5, batch_size=2)
+        next(states)
+        if how == "close":
+            states.close()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                states.throw(KeyboardInterrupt())
+
+
+def stored_as(dtype, pipe):
+    """The same pipeline in 16 bits; its text encoder is a copy, for the fixture's is everybody's."""
+    parts = pipe.components | {"text_encoder": copy.deepcopy(pipe.text_encoder).to(dtype)}
+    pipe.unet.to(dtype)
+    return type(pipe)(**parts, requires_safety_checker=False)
 
 
 @pytest.mark.filterwarnings("ignore:CPU Autocast only supports")
 def test_half_precision_works_and_comes_back_exactly(tiny_pipe, pictures):
     exact = attacks.name_gain(tiny_pipe, "apple", pictures, count=8)
-    own = copy.deepcopy(tiny_pipe.text_encoder)  # the fixture's is everybody's
-    pipe = type(tiny_pipe)(**tiny_pipe.components | {"text_encoder": own}, requires_safety_checker=False)
-    pipe.unet.to(torch.bfloat16)
-    own.to(torch.bfloat16)
-    before = fingerprint(pipe)
-    for _ in attacks.relearn_steps(pipe, pictures, steps=2, batch_size=2):
-        assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
-    (state,) = attacks.invert_steps(pipe, "apple", pictures, steps=1, batch_size=2)
-    assert state.vector.dtype == torch.float32
-    assert attacks.name_gain(pipe, "apple", pictures, count=8).told == pytest.approx(exact.told, rel=0.05)
-    assert unchanged(pipe, before)
+    pipe = stored_as(torch.bfloat16, tiny_pipe)
+    with untouched(pipe):
+        for _ in attacks.relearn_steps(pipe, pictures, steps=2, batch_size=2):
+            assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+        (state,) = attacks.invert_steps(pipe, "apple", pictures, steps=1, batch_size=2)
+        assert state.vector.dtype == torch.float32
+        assert attacks.name_gain(pipe, "apple", pictures, count=8).told == pytest.approx(exact.told, rel=0.05)
+
+
+LEARN = {
+    "invert": lambda pipe, pictures, **how: attacks.invert_steps(pipe, "apple", pictures, **how),
+    "relearn": attacks.relearn_steps,
+}
 
 
 @pytest.mark.filterwarnings("ignore:CPU Autocast")
-@pytest.mark.parametrize("attack", ["invert", "relearn"])
+@pytest.mark.parametrize("attack", LEARN)
 def test_float16_loses_no_gradients(tiny_pipe, pictures, monkeypatch, attack):
     """Gradients too small for 16 bits are there all the same: the loss is scaled, and they are not."""
-    own = copy.deepcopy(tiny_pipe.text_encoder).half()
-    pipe = type(tiny_pipe)(**tiny_pipe.components | {"text_encoder": own}, requires_safety_checker=False)
-    pipe.unet.half()
+    pipe = stored_as(torch.float16, tiny_pipe)
     loss, step, seen = attacks._loss, torch.optim.AdamW.step, []
     monkeypatch.setattr(attacks, "_loss", lambda *args: 1e-6 * loss(*args))
 
@@ -494,25 +459,16 @@ def test_float16_loses_no_gradients(tiny_pipe, pictures, monkeypatch, attack):
         return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    how = {"steps": 1, "batch_size": 2}
-    if attack == "relearn":
-        list(attacks.relearn_steps(pipe, pictures, **how))
-    else:
-        list(attacks.invert_steps(pipe, "apple", pictures, **how))
+    list(LEARN[attack](pipe, pictures, steps=1, batch_size=2))
     (gradient,) = seen
     assert (gradient != 0).float().mean() > 0.95 and gradient.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("attack", ["invert", "relearn"])
+@pytest.mark.parametrize("attack", LEARN)
 def test_what_is_no_number_stops_the_attack(tiny_pipe, pictures, attack):
-    broken = Pictures(pictures.latents * math.nan, pictures.encoder_hidden_states, pictures.prompts)
-    before = fingerprint(tiny_pipe)
-    with pytest.raises(DivergedError, match="lower lr"):
-        if attack == "invert":
-            next(attacks.invert_steps(tiny_pipe, "apple", broken))
-        else:
-            next(attacks.relearn_steps(tiny_pipe, broken))
-    assert unchanged(tiny_pipe, before)
+    broken = replace(pictures, latents=pictures.latents * math.nan)
+    with untouched(tiny_pipe), pytest.raises(DivergedError, match="lower lr"):
+        next(LEARN[attack](tiny_pipe, broken))
 
 
 @pytest.mark.slow
@@ -529,25 +485,3 @@ def test_the_base_model_tells_what_an_apple_is(doodle_master):
     (token,) = doodle_master.tokenizer("apple", add_special_tokens=False).input_ids
     near = torch.cosine_similarity(state.vector, table, dim=1)
     assert near.argmax() == token and near[token] > 0.5
-
-
-# ---------------------------------------------------------------------------- the exercise
-
-
-def test_recovery_time_knows_right_from_wrong():
-    def right(curve, level):
-        reached = curve.index[curve >= level]
-        return reached[0] if len(reached) else math.inf
-
-    assert checks.recovery_time(right)
-    wrong = {
-        "position": lambda curve, level: next((i for i, v in enumerate(curve) if v >= level), math.inf),
-        "equals": lambda curve, level: next((i for i, v in curve.items() if v > level), math.inf),
-        "last": lambda curve, level: max((i for i, v in curve.items() if v < level), default=0) + 5,
-        "math.inf": lambda curve, level: next((i for i, v in curve.items() if v >= level), 20),
-    }
-    hints = {name: checks.recovery_time(function) for name, function in wrong.items()}
-    assert not any(hints.values())
-    assert "not its position" in hints["position"].message and "math.inf" in hints["math.inf"].message
-    assert "reached it" in hints["equals"].message
-    assert "not yet" in checks.recovery_time(lambda curve, level: ...).message
