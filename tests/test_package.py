@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -23,26 +24,29 @@ sys.path.insert(0, str(ROOT / "tools"))
 import badges  # noqa: E402
 import counts  # noqa: E402
 
+LIBRARY = ROOT / "duge_lite"
+README = (ROOT / "README.md").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WEIGHTS = [p for p in (ROOT / "data").rglob("*.safetensors") if ".training" not in p.parts]
 EXPLORABLES = sorted((ROOT / "docs/explorables").glob("*.html"))
-EXTRAS = PROJECT["optional-dependencies"]
 
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# Pins
 
 
 def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def read_pins(file: str = "constraints.txt") -> dict[str, str]:
+def read_pins(file: str) -> dict[str, str]:
     lines = (ROOT / file).read_text("utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    return {canonical(name): version for name, version in pins.items()}
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonical(name): version for name, version in pins}
 
 
-# Pins
+PINS = read_pins("constraints.txt")
+COLAB = {"torch": "2.11.0", **read_pins("constraints-colab.txt")}  # its image of 2026-08
 
 
 def test_constraints_are_plain_exact_pins():
@@ -50,57 +54,53 @@ def test_constraints_are_plain_exact_pins():
     pins = [line for line in lines if line and not line.startswith("#")]
     # No urls, paths or local builds ("+cpu"): those exist on one machine only.
     assert [p for p in pins if not re.fullmatch(r"[\w.-]+==[\w.!]+", p)] == []
-    assert len(read_pins()) == len(pins), "a package is pinned twice"
+    assert len(PINS) == len(pins), "a package is pinned twice"
 
 
 @pytest.mark.parametrize("line", PROJECT["dependencies"] + sum(EXTRAS.values(), []))
 def test_dependency_is_pinned_within_its_range(line):
     requirement = Requirement(line)
-    assert requirement.specifier.contains(read_pins()[canonical(requirement.name)])
+    name = canonical(requirement.name)
+    assert requirement.specifier.contains(PINS[name])
+    if line in PROJECT["dependencies"]:  # installing on Colab must upgrade nothing
+        assert requirement.specifier.contains(COLAB.get(name, PINS[name]))
 
 
 def test_what_is_imported_is_a_dependency():
     ours = sys.stdlib_module_names | {"duge_lite", "IPython", "PIL"}
-    text = "\n".join(p.read_text("utf-8") for p in (ROOT / "duge_lite").rglob("*.py"))
+    text = "\n".join(p.read_text("utf-8") for p in LIBRARY.rglob("*.py"))
     imported = set(re.findall(r"^(?:from|import) ([A-Za-z_]\w*)", text, re.M)) - ours
-    known = {canonical(Requirement(line).name) for line in PROJECT["dependencies"]}
-    assert set(map(canonical, imported)) <= known
+    assert {canonical(name) for name in imported} <= {
+        canonical(Requirement(line).name) for line in PROJECT["dependencies"]
+    }
     assert PROJECT["version"] == duge_lite.__version__
-
-
-# The image of 2026-08; installing there must upgrade nothing.
-COLAB = {"torch": "2.11.0", **read_pins("constraints-colab.txt")}
-
-
-@pytest.mark.parametrize("name", COLAB)
-def test_ranges_admit_colab(name):
-    for requirement in map(Requirement, PROJECT["dependencies"]):
-        assert requirement.name != name or requirement.specifier.contains(COLAB[name])
 
 
 def test_conda_environment_agrees_with_pins():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
-    assert environment["name"] == PROJECT["name"]
-    pip_lines = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    assert "-c constraints.txt" in pip_lines
-
-    (editable,) = [line for line in pip_lines if line.startswith("-e ")]
-    extras = re.fullmatch(r"-e \.\[(.*)\]", editable).group(1).split(",")
-    assert set(extras) == set(EXTRAS)
-
-    pins = {**read_pins(), "python": "3.11"}
-    conda = [d.split("=", 1) for d in environment["dependencies"] if isinstance(d, str)]
-    pip_pins = [line.split("==") for line in pip_lines if "==" in line]
-    for name, *version in conda + pip_pins:
-        assert name == "pip" or version == [pins[canonical(name)]], name
+    *conda, pip = environment["dependencies"]
+    constraints, editable = pip["pip"]
+    assert environment["name"] == PROJECT["name"] and conda == ["python=3.11", "pip"]
+    assert constraints == "-c constraints.txt"
+    assert set(re.fullmatch(r"-e \.\[(.*)\]", editable)[1].split(",")) == set(EXTRAS)
 
 
 # Notebooks, as committed
 
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# A slash that begins a path; inside base64 or a URL, something would stand before it.
+MACHINE_PATH = re.compile(
+    r"(?<![\w+/=.])/(home|root|tmp|Users|private|usr|var|opt|mnt|content)/|\b[A-Z]:\\|site-packages"
+)
+
+
+@cache
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
 
 def code_cells(path: Path) -> list:
-    cells = nbformat.read(path, as_version=4).cells
-    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+    return [cell for cell in read(path).cells if cell.cell_type == "code" and cell.source.strip()]
 
 
 def output_text(output) -> str:
@@ -111,82 +111,54 @@ def output_text(output) -> str:
     return "\n".join(str(value) for mime, value in data.items() if mime != "image/png")
 
 
-# A slash that begins a path; inside base64 or a URL, something would stand before it.
-MACHINE_PATH = re.compile(
-    r"(?<![\w+/=.])/(home|root|tmp|Users|private|usr|var|opt|mnt|content)/|\b[A-Z]:\\|site-packages"
-)
-
-
-@each_notebook
-def test_notebook_has_no_widget_state(path):
-    assert "widgets" not in nbformat.read(path, as_version=4).metadata
-    views = [out for cell in code_cells(path) for out in cell.outputs if "widget-view" in str(out)]
-    assert views == [], "run `make notebooks`"
-
-
 @each_notebook
 def test_notebook_is_executed_in_order_and_without_error(path):
     cells = code_cells(path)
-    counts = [cell.execution_count for cell in cells]
-    assert counts == list(range(1, len(cells) + 1)), "run `make notebooks`"
-    assert [o.evalue for c in cells for o in c.outputs if o.output_type == "error"] == []
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make notebooks`"
+    assert [output.evalue for output in outputs if output.output_type == "error"] == []
+    assert [output for output in outputs if "widget-view" in str(output)] == [], "run `make notebooks`"
+    assert "widgets" not in read(path).metadata
 
 
 @each_notebook
 def test_notebook_outputs_name_no_machine(path):
-    for cell in code_cells(path):
-        for text in map(output_text, cell.outputs):
-            found = MACHINE_PATH.search(text)
-            assert not found, text[max(found.start() - 40, 0) : found.end() + 40]
-            assert str(ROOT) not in text
+    for text in (output_text(output) for cell in code_cells(path) for output in cell.outputs):
+        found = MACHINE_PATH.search(text)
+        assert not found, text[max(found.start() - 40, 0) : found.end() + 40]
+        assert str(ROOT) not in text
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("saved to /home/ada/x.png", True),
-        ("'/tmp/x'", True),
-        (r"C:\Users\ada", True),
-        ("lib/python3.11/site-packages/torch", True),
-        ("https://example.org/home/x", False),
-        ("base64,iVBORw0KG/tmp/AAA=", False),
-        ("runs/home/x", False),
-    ],
-)
-def test_machine_path_pattern(text, found):
-    assert bool(MACHINE_PATH.search(text)) is found
+def test_machine_path_pattern():
+    named = ["saved to /home/ada/x.png", "'/tmp/x'", r"C:\Users\ada", "lib/python3.11/site-packages/torch"]
+    others = ["https://example.org/home/x", "base64,iVBORw0KG/tmp/AAA=", "runs/home/x"]
+    assert [text for text in named + others if MACHINE_PATH.search(text)] == named
 
 
 @each_notebook
 def test_setup_cells_are_stamped(path):
-    committed = nbformat.read(path, as_version=4)
+    committed, address = read(path), "https://github.com/ada/duge-lite"
     stamped = badges.stamp(copy.deepcopy(committed), badges.repository(), path.name)
     assert committed == stamped, "run `make badges`"
-    there = badges.stamp(copy.deepcopy(committed), "https://github.com/ada/duge-lite.git", path.name)
-    link = f"(https://colab.research.google.com/github/ada/duge-lite/blob/main/notebooks/{path.name})"
-    install = "%pip install -q --no-deps git+https://github.com/ada/duge-lite.git"
+    there = badges.stamp(copy.deepcopy(committed), f"{address}.git", path.name)
     sources = [cell.source for cell in there.cells]
-    assert link in sources[1] and install in sources[2].split("\n    ")[1]
+    assert (
+        f"(https://colab.research.google.com/github/ada/duge-lite/blob/main/notebooks/{path.name})"
+        in sources[1]
+    )
+    assert f"%pip install -q --no-deps git+{address}.git" in sources[2].split("\n    ")[1]
     assert badges.stamp(there, badges.repository(), path.name) == committed, "and back again"
 
 
 @each_notebook
-def test_notebook_cells_are_short(path):
-    for cell in code_cells(path):
-        lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= 20, f"{len(lines)} lines, from: {lines[0]}"
-
-
-# Sizes and the wheel
-
-
-@each_notebook
 def test_notebook_keeps_the_conventions(path):
-    cells = nbformat.read(path, as_version=4).cells
-    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-    code = [c.source for c in cells if c.cell_type == "code"]
-    assert len(cells) <= 45 and text.startswith(f"# {path.stem[:2]} · ") and "**New words**" in text
-    assert [c for c in code if re.search(r"^\s*assert ", c, re.M)] == [], "a reader changes a seed"
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    assert (
+        len(read(path).cells) <= 45 and text.startswith(f"# {path.stem[:2]} · ") and "**New words**" in text
+    )
+    for code in (cell.source for cell in code_cells(path)):
+        assert len([line for line in code.splitlines() if line.strip()]) <= 20, code
+        assert not re.search(r"^\s*assert ", code, re.M), "a reader changes a seed"
     hints, solutions = text.count("<summary>Hint "), text.count("<summary>Solution</summary>")
     assert text.count("<details>") == text.count("</details>") and "<details open" not in text
     exercises = re.findall(r"^### (?:Exercise|Design task): .* (?:●○○|●●○|●●●)$", text, re.M)
@@ -196,18 +168,15 @@ def test_notebook_keeps_the_conventions(path):
         assert hints >= 2 * solutions >= 6, "two hints before each solution"
 
 
-def test_notebooks_stay_small():
-    assert NOTEBOOKS
-    assert sum(path.stat().st_size for path in NOTEBOOKS) <= 8_000_000
+# Sizes, and what an installed package carries
 
 
-def test_weights_stay_small():
-    assert WEIGHTS
-    assert sum(path.stat().st_size for path in WEIGHTS) <= 40_000_000
-
-
-def test_explorables_stay_small():
-    assert EXPLORABLES and max(path.stat().st_size for path in EXPLORABLES) <= 1_500_000
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [(NOTEBOOKS, 8_000_000), (WEIGHTS, 40_000_000), *(([p], 1_500_000) for p in EXPLORABLES)],
+)
+def test_what_is_committed_stays_small(files, most):
+    assert 0 < sum(path.stat().st_size for path in files) <= most
 
 
 @pytest.mark.slow
@@ -216,13 +185,11 @@ def test_wheel_carries_data(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert "duge_lite/__init__.py" in names
-    assert WEIGHTS
-    assert {f"duge_lite/{path.relative_to(ROOT).as_posix()}" for path in WEIGHTS} <= names
+    pages = [ROOT / "docs/glossary.md", *EXPLORABLES]
+    wanted = {path.relative_to(ROOT).as_posix() for path in WEIGHTS}
+    wanted |= {f"data/course/{path.relative_to(ROOT).as_posix()}" for path in (*NOTEBOOKS, *pages)}
+    assert EXPLORABLES and {"duge_lite/__init__.py", *(f"duge_lite/{name}" for name in wanted)} <= names
     assert not [n for n in names if ".training" in n or n.startswith(("data/", "tests/", "notebooks/"))]
-    assert {f"duge_lite/data/course/notebooks/{path.name}" for path in NOTEBOOKS} <= names
-    pages = ["glossary.md", *(f"explorables/{path.name}" for path in EXPLORABLES)]
-    assert {f"duge_lite/data/course/docs/{page}" for page in pages} <= names
 
 
 def test_the_course_can_be_copied_and_nothing_is_overwritten(tmp_path, capsys):
@@ -238,29 +205,29 @@ def test_the_course_can_be_copied_and_nothing_is_overwritten(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+SHOWN = {  # which columns of an experiment's table the README shows
+    "continual": "gone,objects kept,styles kept,back door,KID over base".split(","),
+    "single": "cells,gone,beside another,others,related,styles,KID over base".split(","),
+}
+
+
 @pytest.mark.parametrize("file", ["continual", "single", "recovery"])
 def test_the_readme_says_what_the_experiments_printed(file):
-    results = pd.read_csv(ROOT / "benchmarks" / "results" / f"{file}.csv")
-    names = results[results.columns[0] if file == "recovery" else "row"]
-    columns = ["beside another", "others", "related", "styles", "KID over base"]
-    if file == "continual":
-        names = results.world + ": " + names
-        columns = ["gone", "objects kept", "styles kept", "back door", "KID over base"]
-    if file == "recovery":
-        columns = list(results.columns[1:])
-    rows = results[columns].map(lambda x: f"{float(str(x).split(' ')[0]):.2f}".replace("nan", "–"))
+    results = pd.read_csv(ROOT / "benchmarks" / "results" / f"{file}.csv", index_col=0)
+    if file != "recovery":
+        results = results.reset_index()
+        results.index = results.row if file == "single" else results.world + ": " + results.row
+    rows = results[SHOWN.get(file, list(results))]
+    shown = rows.map(lambda x: f"{float(str(x).split(' ')[0]):.2f}".replace("nan", "–"))
     if file == "single":
-        rows = pd.concat([results.cells.astype(str), results.gone.map("{:.2f}".format), rows], axis=1)
-    printed = {f"| {n} | {' | '.join(r)} |" for n, r in zip(names, rows.values, strict=True)}
-    told = printed & set((ROOT / "README.md").read_text("utf-8").splitlines())
-    least = {"continual": len(printed) - 1, "single": len(printed) - 1, "recovery": 8}  # not the base
-    assert len(told) >= least[file], printed - told
+        shown["cells"] = rows.cells.astype(str)
+    printed = {f"| {name} | {' | '.join(row)} |" for name, row in zip(rows.index, shown.values, strict=True)}
+    told = printed & set(README.splitlines())
+    assert len(told) >= (8 if file == "recovery" else len(printed) - 1), printed - told  # not the base
 
 
 # The house: what the README draws is what is imported, and it leads down only
 
-LIBRARY = ROOT / "duge_lite"
-README = (ROOT / "README.md").read_text("utf-8")
 ROOMS = [
     name
     for row in re.findall(r"^\| (`duge_lite\..*?) \|", README, re.M)
