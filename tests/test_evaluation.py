@@ -15,6 +15,7 @@ from PIL import Image
 import duge_lite as duge
 from duge_lite import evaluation
 from duge_lite.doodles import BACKGROUNDS, OBJECTS, STYLES, captions, draw
+from duge_lite.doodles.draw import FIXED_GROUND
 from duge_lite.doodles.train import LABELS
 from duge_lite.doodles.unseen import UNSEEN, unseen
 from duge_lite.errors import ModelNotFoundError, UnknownConceptError
@@ -285,30 +286,18 @@ def judge() -> Judge:
     return Judge.load()
 
 
-@pytest.fixture(scope="module")
-def fresh() -> pd.DataFrame:
-    """100 drawings that training never saw: every object in every style."""
+def test_the_judge_names_drawings_that_training_never_saw_and_sees_nothing_else(judge):
     frame = pd.DataFrame([(name, style) for name in OBJECTS for style in STYLES], columns=["object", "style"])
-    frame["background"] = [list(BACKGROUNDS)[(7 * i) % 6] for i in range(100)]
-    frame.loc[frame["style"] == "sketch", "background"] = "white"
-    frame.loc[frame["style"] == "neon", "background"] = "black"
-    frame["image"] = [draw(*row, seed=90_000 + i) for i, row in enumerate(frame.itertuples(index=False))]
-    return frame
-
-
-def test_the_judge_names_fresh_drawings(judge, fresh):
-    images, grounds = list(fresh.image), [f"{b} background" for b in BACKGROUNDS]
-    assert np.mean(np.array(judge.names(images, OBJECTS)) == fresh["object"]) >= 0.97
-    assert np.mean(np.array(judge.names(images, STYLES)) == fresh["style"]) >= 0.97
-    assert np.mean(np.array(judge.names(images, grounds)) == fresh["background"] + " background") >= 0.97
-
-
-@pytest.mark.slow
-def test_the_judge_sees_what_is_there_and_nothing_else(judge, fresh):
-    seen = np.stack([judge.sees(list(fresh.image), name) for name in OBJECTS], axis=1)
-    there = np.array([[name == shown for name in OBJECTS] for shown in fresh["object"]])
-    assert seen[there].mean() >= 0.95
-    assert seen[~there].mean() <= 0.01
+    grounds = [list(BACKGROUNDS)[(7 * i) % 6] for i in range(100)]
+    frame["background"] = frame["style"].map(FIXED_GROUND).fillna(pd.Series(grounds))
+    images = [draw(*row, seed=90_000 + i) for i, row in enumerate(frame.itertuples(index=False))]
+    frame["background"] += " background"
+    for column in frame:
+        named = np.array(judge.names(images, frame[column].unique()))
+        assert np.mean(named == frame[column]) >= 0.97
+    seen = judge.scores(images, OBJECTS).to_numpy() > judge.threshold
+    there = frame["object"].to_numpy()[:, None] == np.array(OBJECTS)
+    assert seen[there].mean() >= 0.95 and seen[~there].mean() <= 0.01
 
 
 def test_the_judge_knows_that_nothing_is_there(judge):
@@ -340,13 +329,6 @@ def test_unlearning_accuracy_alone_rewards_noise(judge, tiny_pipe):
     """A model that never learned anything has "forgotten" nearly everything."""
     table = duge.evaluate(tiny_pipe, OBJECTS, images=2, judge=judge, num_inference_steps=2)
     assert 1 - table.accuracy.mean() >= 0.9
-
-
-@pytest.mark.slow
-def test_the_shipped_model_draws_what_it_is_asked_for(doodle_master, judge):
-    concepts = ["apple", "orange", "umbrella", "car"]
-    table = duge.evaluate(doodle_master, concepts, images=4, judge=judge, num_inference_steps=10)
-    assert table.accuracy.mean() >= 0.9
 
 
 @pytest.mark.nightly
