@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -75,7 +76,43 @@ def test_what_a_function_does_to_its_arguments_stays_with_it():
     assert values.tolist() == [1, 1]
 
 
-# What is wrong, and how each exercise's functions may be written; what is right, the folded solutions say.
+# What is right: the solutions that are folded under the exercises
+
+FOLDED = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.S)
+
+
+def folded_solutions():
+    for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for code in FOLDED.findall(cell.source):
+                name, known = re.search(r"def (\w+)\(", code)[1], {"np": np, "torch": torch}
+                exec(code, known)
+                yield name, known[name]
+
+
+SOLUTIONS = list(folded_solutions())
+right = SimpleNamespace(**dict(SOLUTIONS))
+
+
+def concatenated(parameters, anchor):
+    p, a = (torch.cat([x[n] for n in parameters]) for x in (parameters, anchor))
+    return (p - a).square().mean()
+
+
+OTHERS = [
+    ("cross_attention_loss", lambda m, t: losses.cross_attention_loss(m, t, relative=False)),
+    ("regularization_loss", losses.regularization_loss),
+    ("regularization_loss", concatenated),
+]
+
+
+@pytest.mark.parametrize(("checker", "answer"), SOLUTIONS + OTHERS)
+def test_a_right_answer_passes(checker, answer):
+    verdict = getattr(checks, checker)(answer)
+    assert verdict, verdict
+
+
+# What is wrong
 
 
 def asked_once(denoiser, noise, alphas):
@@ -106,10 +143,6 @@ def layers(of):
     return lambda maps, targets: sum(of(a - b) for a, b in zip(maps, targets, strict=True))
 
 
-def mean_of_layers(maps, targets):
-    return layers(lambda d: d.square().mean())(maps, targets) / len(maps)
-
-
 def pooled(maps, targets):
     differences = [(a - b).flatten() for a, b in zip(maps, targets, strict=True)]
     return torch.cat(differences).square().mean()
@@ -117,16 +150,6 @@ def pooled(maps, targets):
 
 def tensors(of, share=1):
     return lambda parameters, anchor: share * sum(of(p, anchor[n]) for n, p in parameters.items())
-
-
-def by_name(parameters, anchor):
-    count = sum(p.numel() for p in parameters.values())
-    return tensors(lambda p, a: (p - a).square().sum(), 1 / count)(parameters, anchor)
-
-
-def concatenated(parameters, anchor):
-    p, a = (torch.cat([x[n] for n in parameters]) for x in (parameters, anchor))
-    return (p - a).square().mean()
 
 
 def in_their_order(parameters, anchor):
@@ -138,55 +161,27 @@ def ridge_by_sums(f, wanted, start, r):
     return (wanted.T @ f + r * start) @ np.linalg.inv(f.T @ f + r * np.eye(f.shape[1]))
 
 
-def ends(k, n, z):
-    p = k / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def school(k, n, z):
     p = k / n
     half = z * math.sqrt(p * (1 - p) / n)
     return p - half, p + half
 
 
-def solved(old, S, X, r):
-    eye = r * np.eye(len(S[0]))
-    return old @ (sum(X) + eye) @ np.linalg.inv(sum(S) + eye)
-
-
-def opened(asked, named, gone):
-    return np.mean([n in gone and n != a for a, n in zip(asked, named, strict=True)])
-
-
 def one_after_another(old, S, X, r):
     for s, x in zip(S, X, strict=True):
-        old = solved(old, [s], [x], r)
+        old = right.solve_all(old, [s], [x], r)
     return old
-
-
-def scores(matrix, requests, k):
-    row = matrix.loc[k]
-    return 1 - row[requests[:k]].mean(), row.drop(requests[:k]).mean()
-
-
-def corrected(seen, floor):
-    return max(0.0, (seen - floor) / (1 - floor)) if floor < 1 else 0.0
-
-
-def error(a, b):
-    return np.mean((a - b) ** 2)
 
 
 def first_place(curve, level):
     return next((i for i, v in enumerate(curve) if v >= level), math.inf)
 
 
-def formula(old, edit, anchor, keep, r, wrong=""):
+def formula(old, edit, anchor, keep, r, wrong):
     eye = np.eye(old.shape[1])
-    left, right = anchor.T @ edit + keep.T @ keep + r * eye, edit.T @ edit + keep.T @ keep + r * eye
-    left = {"turned": left.T, "free": left - r * eye}.get(wrong, left)
-    return old @ (np.linalg.inv(right) @ left if wrong == "order" else left @ np.linalg.inv(right))
+    wanted, heard = (x.T @ edit + keep.T @ keep + r * eye for x in (anchor, edit))
+    wanted = {"turned": wanted.T, "free": wanted - r * eye}.get(wrong, wanted)
+    return old @ (np.linalg.inv(heard) @ wanted if wrong == "order" else wanted @ np.linalg.inv(heard))
 
 
 def tail(a, b, most, both=2):
@@ -253,7 +248,7 @@ WRONG = [  # checker, answer, hint
     ("near_and_far", near_far(lambda lost, near, _: lost[near].mean(), lambda *_: 0.0), "house and star"),
     ("near_and_far", near_far(lambda lost, near, b: (lost / b)[near].mean()), "less after"),
     # notebook 04
-    ("cross_attention_loss", lambda m, t: 1 + mean_of_layers(m, t), "costs nothing"),
+    ("cross_attention_loss", lambda m, t: 1 + right.cross_attention_loss(m, t), "costs nothing"),
     ("cross_attention_loss", layers(lambda d: d.abs().mean()), "square each"),
     ("cross_attention_loss", layers(lambda d: d.square().sum()), "square each"),
     ("cross_attention_loss", layers(torch.norm), "square each"),
@@ -262,23 +257,23 @@ WRONG = [  # checker, answer, hint
     ("cross_attention_loss", layers(lambda d: d.square().mean()), "Two layers"),
     ("cross_attention_loss", pooled, "Two layers"),
     ("cross_attention_loss", lambda m, t: (torch.stack(m) - torch.stack(t)).square().mean(), "Two layers"),
-    ("cross_attention_loss", lambda m, t: mean_of_layers(m, t).item(), "stay in torch"),
-    ("cross_attention_loss", lambda m, t: mean_of_layers(m, t).detach(), "stay in torch"),
+    ("cross_attention_loss", lambda m, t: right.cross_attention_loss(m, t).item(), "stay in torch"),
+    ("cross_attention_loss", lambda m, t: right.cross_attention_loss(m, t).detach(), "stay in torch"),
     ("regularization_loss", tensors(lambda p, a: p.square().sum(), 1 / 3), "nothing pulls"),
     ("regularization_loss", tensors(lambda p, a: (p - a).sum(), 1 / 3), "squared distances"),
     ("regularization_loss", tensors(lambda p, a: (p - a).square().sum()), "squared distances"),
     ("regularization_loss", tensors(lambda p, a: (p - a).square().mean(), 1 / 2), "not by the 2 tensors"),
     ("regularization_loss", in_their_order, "by its name"),
-    ("regularization_loss", lambda p, a: by_name(p, a).item(), "stay in torch"),
+    ("regularization_loss", lambda p, a: right.regularization_loss(p, a).item(), "stay in torch"),
     # notebook 05
     ("wilson", school, "middle and the half width"),
-    ("wilson", lambda k, n, z: tuple(e * (1 + z * z / n) for e in ends(k, n, z)), "Divide both"),
-    ("wilson", lambda k, n, z: ends(k, n, 1.96), "z is given"),
-    ("wilson", lambda k, n, z: ends(min(k, n - k), n, z), "p is hits / n"),
+    ("wilson", lambda k, n, z: tuple(e * (1 + z * z / n) for e in right.wilson(k, n, z)), "Divide both"),
+    ("wilson", lambda k, n, z: right.wilson(k, n, 1.96), "z is given"),
+    ("wilson", lambda k, n, z: right.wilson(min(k, n - k), n, z), "p is hits / n"),
     ("solve_all", lambda o, S, X, r: o @ sum(X) @ np.linalg.inv(sum(S) + r * np.eye(3)), "Who wants what"),
     ("solve_all", lambda o, S, X, r: o @ (sum(X) + r) @ np.linalg.inv(sum(S) + r), "adds r"),
-    ("solve_all", lambda o, S, X, r: solved(o, S[-1:], X[-1:], r), "Two requests"),
-    ("solve_all", lambda o, S, X, r: solved(o, S, X, r * len(S)), "r is added once"),
+    ("solve_all", lambda o, S, X, r: right.solve_all(o, S[-1:], X[-1:], r), "Two requests"),
+    ("solve_all", lambda o, S, X, r: right.solve_all(o, S, X, r * len(S)), "r is added once"),
     ("solve_all", one_after_another, "Two requests"),
     ("take_back", lambda S, X, s, x, back: S - s, "Return both"),
     ("take_back", lambda S, X, s, x, back: (S - s, X - s), "x_gone from X"),
@@ -286,14 +281,14 @@ WRONG = [  # checker, answer, hint
     ("take_back", lambda S, X, s, x, back: (S - s + back, X - x), "comes back into X"),
     ("back_door", lambda a, n, gone: np.mean([x in gone for x in n]), "front"),
     ("back_door", lambda a, n, gone: (np.array(a) != np.array(n)).mean(), "they do not count"),
-    ("back_door", lambda a, n, gone: len(a) * opened(a, n, gone), "Divide by all"),
-    ("gone_and_kept", lambda m, r, k: scores(m, r, len(r)), "first k requests"),
+    ("back_door", lambda a, n, gone: len(a) * right.back_door(a, n, gone), "Divide by all"),
+    ("gone_and_kept", lambda m, r, k: right.gone_and_kept(m, r, len(r)), "first k requests"),
     ("gone_and_kept", lambda m, r, k: (1 - m.loc[k, r].mean(), m.loc[k].drop(r).mean()), "still counts"),
-    ("gone_and_kept", lambda m, r, k: (m.loc[k, r[:k]].mean(), scores(m, r, k)[1]), "UA is 1 - 0"),
-    ("gone_and_kept", lambda m, r, k: (1 - m.loc[k, r[k - 1]], scores(m, r, k)[1]), "the old one too"),
-    ("gone_and_kept", lambda m, r, k: (scores(m, r, k)[0], m.loc[k].drop(r[k - 1]).mean()), "other three"),
+    ("gone_and_kept", lambda m, r, k: (m.loc[k, r[:k]].mean(), m.loc[k].drop(r[:k]).mean()), "UA is 1 - 0"),
+    ("gone_and_kept", lambda m, r, k: (1 - m.loc[k, r[k - 1]], m.loc[k].drop(r[:k]).mean()), "the old one"),
+    ("gone_and_kept", lambda m, r, k: (1 - m.loc[k, r[:k]].mean(), m.loc[k].drop(r[k - 1]).mean()), "three"),
     ("gone_and_kept", lambda m, r, k: (1 - m.iloc[k, :k].mean(), m.iloc[k, k:].mean()), "by their name"),
-    ("gone_and_kept", lambda m, r, k: scores(m, r, k)[0], "four that are to stay"),
+    ("gone_and_kept", lambda m, r, k: right.gone_and_kept(m, r, k)[0], "four that are to stay"),
     ("gone_and_kept", lambda m, r, k: 1 / 0, "it stopped with ZeroDivisionError: division by zero"),
     # notebook 06
     ("above_floor", lambda seen, floor: floor, "Without false alarms"),
@@ -303,8 +298,8 @@ WRONG = [  # checker, answer, hint
     ("above_floor", lambda seen, floor: max(0, (seen - floor) / (1 - floor)), "do not divide"),
     ("gain", lambda e, a, b: 1 - np.mean(e - a) / np.mean(e - b), "Equal errors"),
     ("gain", lambda e, a, b: 1 - np.abs(e - a).mean() / np.abs(e - b).mean(), "quarter"),
-    ("gain", lambda e, a, b: max(0, 1 - error(e, a) / error(e, b)), "do not cut"),
-    ("gain", lambda e, a, b: error(e, a) / error(e, b), "takes all of it"),
+    ("gain", lambda *args: max(0, right.gain(*args)), "do not cut"),
+    ("gain", lambda *args: 1 - right.gain(*args), "takes all of it"),
     ("recovery_time", first_place, "not its position"),
     ("recovery_time", lambda c, level: next((i for i, v in c.items() if v > level), math.inf), "reached it"),
     ("recovery_time", lambda c, level: [*c.index, math.inf][(c < level).sum()], "Shares go up and down"),
@@ -318,10 +313,10 @@ WRONG = [  # checker, answer, hint
     ("beats", lambda a, b: (a >= b[a.index]).all(), "Two equals"),
     ("beats", lambda a, b: (a > b[a.index]).any(), "neither beats"),
     ("beats", lambda a, b: (a.values >= b.values).all() and (a.values > b.values).any(), "by their name"),
-    ("uce_matrix", lambda *args: formula(*args, wrong="turned"), "anchor.T @ edit"),
-    ("uce_matrix", lambda *args: formula(*args, wrong="order"), "before the inverse"),
-    ("uce_matrix", lambda *args: formula(*args, wrong="free"), "Where each name"),
-    ("uce_matrix", lambda *args: formula(*args[:4], 1e-9), "huge r"),
+    ("uce_matrix", lambda *args: formula(*args, "turned"), "anchor.T @ edit"),
+    ("uce_matrix", lambda *args: formula(*args, "order"), "before the inverse"),
+    ("uce_matrix", lambda *args: formula(*args, "free"), "Where each name"),
+    ("uce_matrix", lambda *args: right.uce_matrix(*args[:4], 1e-9), "huge r"),
     ("sign_test", lambda a, b: tail(a, b, min(a, b)), "at most 1"),
     ("sign_test", lambda a, b: 1.0 if a == b else tail(a, b, min(a, b), 1), "both sides"),
     ("sign_test", lambda a, b: 1.0 if a == b else 2 / 2 ** (a + b), "the same mirrored"),
@@ -354,27 +349,6 @@ def test_a_wrong_answer_gets_its_own_hint(checker, wrong, hint):
     assert not verdict and hint in verdict.message, verdict
 
 
-RIGHT = [
-    ("cross_attention_loss", mean_of_layers),
-    ("cross_attention_loss", lambda m, t: losses.cross_attention_loss(m, t, relative=False)),
-    ("regularization_loss", by_name),
-    ("regularization_loss", concatenated),
-    ("regularization_loss", losses.regularization_loss),
-    ("gone_and_kept", scores),
-    ("wilson", ends),
-    ("solve_all", solved),
-    ("back_door", opened),
-    ("above_floor", corrected),
-    ("gain", lambda e, a, b: 1 - error(e, a) / error(e, b)),  # may be below zero
-]
-
-
-@pytest.mark.parametrize(("checker", "right"), RIGHT)
-def test_a_right_answer_passes(checker, right):
-    verdict = getattr(checks, checker)(right)
-    assert verdict, verdict
-
-
 # What the exercises ask for is what the library does
 
 
@@ -383,39 +357,18 @@ def test_the_formula_of_the_exercise_is_that_of_the_baseline(doodle_pipe):
     edit, anchor, keep = (baselines._last_tokens(doodle_pipe, part).numpy() for part in texts)
     run = baselines.uce(doodle_pipe, "car")
     for name, theirs in run.weights().items():
-        assert np.allclose(formula(run.before[name].numpy(), edit, anchor, keep, 0.5), theirs, atol=1e-4)
+        ours = right.uce_matrix(run.before[name].numpy(), edit, anchor, keep, 0.5)
+        assert np.allclose(ours, theirs, atol=1e-4)
 
 
 def test_gone_and_kept_agrees_with_the_metrics(tiny_master):
     rows = {"orange": [1, 0.5, 0.25], "apple": [1, 0, 0.75], "car": [1, 1, 0]}
     matrix, requests = pd.DataFrame(rows, dtype=float), ["apple", "car"]
-    metrics = sequence_metrics(matrix, requests, duge.model_card(tiny_master))
+    metrics = sequence_metrics(matrix, requests, duge.model_card(tiny_master))[["UA", "objects kept"]]
     for k in (1, 2):
-        assert scores(matrix, requests, k) == pytest.approx(metrics.loc[k, ["UA", "objects kept"]].tolist())
+        assert right.gone_and_kept(matrix, requests, k) == pytest.approx(metrics.loc[k].tolist())
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 2), (2, 2), (3, 10)])
 def test_the_interval_of_the_exercise_is_the_librarys(hits, count):
-    assert ends(hits, count, 1.96) == pytest.approx(wilson_interval(hits, count), abs=1e-12)
-
-
-# The solutions that are folded under the exercises
-
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-FOLDED = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.S)
-
-
-def folded_solutions():
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        for cell in nbformat.read(path, as_version=4).cells:
-            for code in FOLDED.findall(cell.source):
-                name = re.search(r"def (\w+)\(", code)[1]
-                yield pytest.param(name, code, id=f"{path.stem[:2]}-{name}")
-
-
-@pytest.mark.parametrize(("name", "code"), folded_solutions())
-def test_a_folded_solution_passes_its_checker(name, code):
-    known = {"np": np, "pd": pd, "torch": torch, "math": math}
-    exec(code, known)
-    verdict = getattr(checks, name)(known[name])
-    assert verdict, verdict
+    assert right.wilson(hits, count, 1.96) == pytest.approx(wilson_interval(hits, count), abs=1e-12)
