@@ -46,8 +46,8 @@ def survey(
     Picture i of a group starts from the noise of ``seed + i``. ``options`` are those of
     :func:`duge_lite.sample`, but ``num_inference_steps`` defaults to the card's for previews. Returns a row
     per picture: ``group``, ``prompt``, ``picture`` (PIL), ``named`` (the one concept, or style, that the
-    judge decides for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises what
-    :func:`duge_lite.evaluation.judge_of` raises.
+    judge decides for) and ``seen`` (it shows ``concept``, whatever else it shows). Raises
+    UnknownConceptError for a word that the model never read, ValueError for one that the judge does not know.
     """
     card = model_card(pipe)
     judge = judge_of(pipe, card, [concept], judge)
@@ -279,10 +279,9 @@ def name_gain(
     """How much the name helps to denoise ``pictures``: a yardstick without a judge.
 
     Returns the mean squared error of the predicted noise, ``told`` the pictures' prompts and ``untold`` (the
-    name left out), over ``count`` noisy versions; ``gain``, the share of the error that the name takes away
-    (0: it says nothing, below 0: it misleads), and ``low`` and ``high``, its 95 % interval. After the
-    diffusion classifier (Li et al., arXiv 2303.16203); the share is ours. Raises ValueError for a prompt
-    without the name.
+    name left out), over ``count`` noisy versions; ``gain``, the share of it that the name takes away (0: it
+    says nothing, below 0: it misleads), and ``low`` and ``high``, its 95 % interval. After the diffusion
+    classifier (Li et al., arXiv 2303.16203); the share is ours. Raises ValueError for a prompt without it.
     """
     texts = _reworded(pictures, f" of {model_card(pipe).subject(concept)}", "")
     asked, errors = _lessons(pipe, pictures, count, seed), []

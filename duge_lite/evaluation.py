@@ -225,10 +225,9 @@ def counted(groups: pd.api.typing.SeriesGroupBy, share: str) -> pd.DataFrame:
 def judge_of(
     pipe: StableDiffusionPipeline, card: ModelCard, concepts: Iterable[str], judge: Judge | None = None
 ) -> Judge:
-    """``judge``, or the card's, where it can count all ``concepts``.
+    """``judge``, or the card's, if it can count all ``concepts``.
 
-    Raises UnknownConceptError for a word that the model never read, ValueError for one that the judge has no
-    label for.
+    Raises UnknownConceptError for a word that the model never read, ValueError for one without a label.
     """
     for concept in concepts:
         if not card.open_words:
@@ -257,10 +256,9 @@ def draw_groups(
     seed: int = 0,
     **options: object,
 ) -> pd.DataFrame:
-    """``images`` pictures for each group of ``prompts``, which take turns; a row for each picture.
+    """``images`` pictures for each group of ``prompts``, which take turns: ``group``, ``prompt``, ``picture``.
 
-    Picture i of every group starts from the noise of ``seed + i``; ``options`` are those of
-    :func:`duge_lite.sample`. Returns the columns ``group``, ``prompt`` and ``picture`` (PIL).
+    Picture i of every group starts from the noise of ``seed + i``; ``options`` are :func:`~.sample`'s.
     """
     turns = range(images)
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in turns]
@@ -312,13 +310,9 @@ def evaluate(
 def sequence_metrics(matrix: pd.DataFrame, requests: Sequence[str], card: ModelCard) -> pd.DataFrame:
     """What a sequence of requests did, from the accuracy matrix R[k, j].
 
-    Args:
-        matrix: accuracy of concept j (columns: objects, and styles but the plain one) after request k (rows;
-            0 is the base model).
-        requests: what was asked to go, in order: row k has forgotten the first k of them.
-        card: tells objects from styles.
-
-    Returns a row per request, each number in [0, 1] unless said otherwise:
+    ``matrix`` holds the accuracy on concept j (columns: objects, and styles but the plain one) after request
+    k (rows; 0 is the base model): row k has forgotten the first k ``requests``. ``card`` tells objects from
+    styles. Returns a row per request, each number in [0, 1] unless said otherwise:
 
     - ``UA``: unlearning accuracy, 1 - accuracy, mean over everything that was asked to go so far;
     - ``objects kept`` and ``styles kept``: mean accuracy on the objects, and on the styles, that are to stay;
