@@ -256,9 +256,10 @@ def draw_groups(
     seed: int = 0,
     **options: object,
 ) -> pd.DataFrame:
-    """``images`` pictures for each group of ``prompts``, which take turns: ``group``, ``prompt``, ``picture``.
+    """Draws ``images`` pictures for each group of ``prompts``, which take turns.
 
-    Picture i of every group starts from the noise of ``seed + i``; ``options`` are :func:`~.sample`'s.
+    Picture i of every group starts from the noise of ``seed + i``; ``options`` are those of
+    :func:`duge_lite.sample`. Returns the columns ``group``, ``prompt`` and ``picture`` (PIL).
     """
     turns = range(images)
     rows = [(group, texts[i % len(texts)]) for group, texts in prompts.items() for i in turns]
