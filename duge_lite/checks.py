@@ -440,7 +440,7 @@ def regularization_loss(function: Callable) -> Verdict:
     def weights(a: tuple, b: tuple) -> dict[str, Tensor]:
         return {"a": torch.tensor(a), "b": torch.tensor(b)}
 
-    now, start = weights((1.0, 2.0), (3.0,)), weights((0.0, 2.0), (1.0,))
+    now, start = weights((1.0, 2.0), (3.0,)), weights((0.0, 2.0), (5.0,))
     cases = [
         Case((start, start), 0.0, "At the base weights nothing pulls."),
         Case(

@@ -157,6 +157,11 @@ def in_their_order(parameters, anchor):
     return sum((p - a).square().sum() for p, a in pairs) / 3
 
 
+def strung_together(parameters, anchor):
+    p, a = (torch.cat(list(part.values())) for part in (parameters, anchor))
+    return (p - a).square().mean()
+
+
 def ridge_by_sums(f, wanted, start, r):
     return (wanted.T @ f + r * start) @ np.linalg.inv(f.T @ f + r * np.eye(f.shape[1]))
 
@@ -264,6 +269,7 @@ WRONG = [  # checker, answer, hint
     ("regularization_loss", tensors(lambda p, a: (p - a).square().sum()), "squared distances"),
     ("regularization_loss", tensors(lambda p, a: (p - a).square().mean(), 1 / 2), "not by the 2 tensors"),
     ("regularization_loss", in_their_order, "by its name"),
+    ("regularization_loss", strung_together, "by its name"),
     ("regularization_loss", lambda p, a: right.regularization_loss(p, a).item(), "stay in torch"),
     # notebook 05
     ("wilson", school, "middle and the half width"),
