@@ -21,28 +21,21 @@ from .doodles import captions
 from .doodles.draw import STYLES
 from .errors import UnknownConceptError
 
-DATA = Path(__file__).resolve().parent / "data"  # inside an installed package
-DATA = DATA if DATA.is_dir() else DATA.parents[1] / "data"  # beside it, in a checkout
+
+def data_dir() -> Path:
+    """The folder of the shipped models: inside an installed package, or beside it in a checkout."""
+    packaged = Path(__file__).resolve().parent / "data"
+    return packaged if packaged.is_dir() else packaged.parents[1] / "data"
 
 
 @dataclass(frozen=True)
 class Concept:
-    """Something that is to go.
+    """Something that is to go. Raises ValueError without prompts, or with another number of ``instead``."""
 
-    Attributes:
-        name: what it is called, in tables and in prompts.
-        prompts: how it is asked for; these are what unlearning sees.
-        instead: what the reference is asked in the place of each prompt, as many as there are prompts; empty:
-            the nearest concept that stays is chosen when it is forgotten.
-        labels: what a judge may call it; nothing when no judge knows it.
-
-    Raises ValueError for a concept without prompts, or with another number of ``instead``.
-    """
-
-    name: str
-    prompts: tuple[str, ...]
-    instead: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    name: str  #: what it is called, in tables and in prompts
+    prompts: tuple[str, ...]  #: how it is asked for; these are what unlearning sees
+    instead: tuple[str, ...] = ()  #: what is asked in the place of each prompt; empty: see ``UnlearnConfig``
+    labels: tuple[str, ...] = ()  #: what a judge may call it; nothing when no judge knows it
 
     def __post_init__(self) -> None:
         for part in ("prompts", "instead", "labels"):
@@ -53,8 +46,8 @@ class Concept:
         if not self.prompts:
             raise ValueError(f"the concept {self.name!r} has no prompts: expected at least one way to ask")
         if len(self.instead) not in (0, len(self.prompts)):
-            count = f"{len(self.prompts)} prompts and {len(self.instead)} to ask instead"
-            raise ValueError(f"{self.name!r} has {count}: expected one each")
+            counts = f"{len(self.prompts)} prompts and {len(self.instead)} to ask instead"
+            raise ValueError(f"{self.name!r} has {counts}: expected one each")
 
     def named_in(self, prompt: str) -> bool:
         """Whether ``prompt`` asks for it: one of its prompts, or its name as whole words anywhere."""
@@ -68,59 +61,34 @@ class Concept:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model knows and how it likes to be asked. One of your own takes ten lines (see the README).
-
-    Attributes:
-        name: of the model.
-        concepts: names that can be forgotten and judged.
-        styles: style names; the first is the plain one, and a judge need not know the others.
-        related: for each concept, the concepts that resemble it.
-        plain: for each concept, its plain prompt, where it is not "a photo of a ...".
-        labels: for each concept, what the judge may call it; nothing for what the judge does not know.
-        order: the concepts that a benchmark asks to go, in its order.
-        guidance_scale, num_inference_steps: the settings that evaluation samples with.
-        sampling_steps: enough steps for memory pictures and previews.
-        judge: the image classifier that names its pictures: "doodle" or a hub id.
-        open_choice: whether the judge may say anything that it knows, or only what the card lists.
-        open_words: whether it reads any word, so that anything can be asked to go.
-        batch_size: how many pictures are drawn at once.
-        settings: of :class:`~duge_lite.unlearning.UnlearnConfig`, what this model needs otherwise.
-    """
+    """What a model knows and how it likes to be asked."""
 
     name: str
-    concepts: tuple[str, ...]
-    styles: tuple[str, ...] = STYLES
-    related: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    plain: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    order: tuple[str, ...] = ()
-    guidance_scale: float = 8.0
-    num_inference_steps: int = 50
-    sampling_steps: int = 25
-    judge: str = "microsoft/resnet-50"
-    open_choice: bool = True
-    open_words: bool = True
-    batch_size: int = 4
-    settings: Mapping[str, object] = field(default_factory=dict)
+    concepts: tuple[str, ...]  #: names that can be forgotten and judged
+    styles: tuple[str, ...] = STYLES  #: the first is the plain one; a judge need not know the others
+    related: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: what resembles each concept
+    plain: Mapping[str, str] = field(default_factory=dict)  #: prompts that are not "a photo of a ..."
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: what the judge may call each
+    order: tuple[str, ...] = ()  #: the concepts that a benchmark asks to go
+    guidance_scale: float = 8.0  #: that evaluation samples with
+    num_inference_steps: int = 50  #: that evaluation samples with
+    sampling_steps: int = 25  #: enough for memory pictures and previews
+    judge: str = "microsoft/resnet-50"  #: the image classifier of its pictures: "doodle" or a hub id
+    open_choice: bool = True  #: whether the judge may say all that it knows, not only what the card lists
+    open_words: bool = True  #: whether it reads any word, so that anything can be asked to go
+    batch_size: int = 4  #: pictures that are drawn at once
+    settings: Mapping[str, object] = field(default_factory=dict)  #: of :class:`UnlearnConfig`, its own
 
     @classmethod
     def read(cls, name: str, file: str, judged_styles: tuple[str, ...] = (), **facts: object) -> ModelCard:
         """A card whose concepts are the rows of ``file`` in ``data/``: see the data card."""
-        rows = pd.read_csv(DATA / file, dtype={"order": "Int64"}).set_index("concept")
-
-        def lists(column: str) -> dict[str, tuple[str, ...]]:
-            return {c: tuple(text.split("|")) for c, text in rows[column].dropna().items()}
-
-        labels = lists("judge_label") | {style: (style,) for style in judged_styles}
-        return cls(
-            name,
-            tuple(rows.index),
-            related=lists("related"),
-            plain=rows.prompt.to_dict(),
-            labels=labels,
-            order=tuple(rows.order.dropna().sort_values().index),
-            **facts,
+        rows = pd.read_csv(data_dir() / file).set_index("concept")
+        related, labels = (
+            rows[column].dropna().str.split("|").map(tuple).to_dict() for column in ("related", "judge_label")
         )
+        facts |= {"related": related, "labels": labels | {style: (style,) for style in judged_styles}}
+        facts |= {"plain": rows.prompt.to_dict(), "order": tuple(rows.order.dropna().sort_values().index)}
+        return cls(name, tuple(rows.index), **facts)
 
     def subject(self, concept: str) -> str:
         """How a prompt names it: "an apple", "sunglasses", "the Eiffel Tower"."""
@@ -185,12 +153,9 @@ class ModelCard:
         UnknownConceptError for a word that the model never read, ValueError where ``instead`` is a style,
         TypeError for anything but a text or a Concept.
         """
-        if isinstance(what, str):
-            concept = self._named(what.strip())
-        elif isinstance(what, Concept):
-            concept = what
-        else:
+        if not isinstance(what, str | Concept):
             raise TypeError(f"{what!r} is no concept: expected a name, or duge.Concept(name, prompts=[...])")
+        concept = self._named(what.strip()) if isinstance(what, str) else what
         if concept.instead or instead == "nearest":
             return concept
         if instead in self.styles:
@@ -199,17 +164,13 @@ class ModelCard:
         return replace(concept, instead=concept.pair(others))
 
     def _named(self, words: str) -> Concept:
-        name = next((n for n in self.forgettable if n.casefold() == words.casefold()), None)
-        if name is None and (not self.open_words or not words):
-            raise UnknownConceptError(words, self.forgettable)
-        if name is None:
-            return Concept(words, self.prompts(words), self.nameless(words))
-        labels, prompts = self.labels.get(name, ()), self.prompts(name)
-        if name not in self.styles:
-            return Concept(name, prompts, (), labels)
-        # a style also goes where no object is named; it is asked for plainly instead
-        plainly = [*self.nameless(name), captions.nameless()]
-        return Concept(name, [*prompts, captions.nameless(name)], plainly, labels)
+        name = next((n for n in self.forgettable if n.casefold() == words.casefold()), words)
+        if not (self.open_words and name):
+            self.check(name)
+        prompts, instead = self.prompts(name), self.nameless(name)
+        if name in self.styles[1:]:  # it goes where no object is named, too
+            prompts, instead = [*prompts, captions.nameless(name)], [*instead, captions.nameless()]
+        return Concept(name, prompts, () if name in self.concepts else instead, self.labels.get(name, ()))
 
     def memory_prompts(self, size: int | None = None, seed: int = 0) -> list[str]:
         """What is to stay: ``size`` prompts, spread over concepts and styles evenly; by default all of them.
@@ -217,12 +178,11 @@ class ModelCard:
         Each round names every concept once, the styles in turn; the prompts without a name stand last.
         """
         generator = torch.Generator().manual_seed(seed)
-        names, styles = (
-            [items[i] for i in torch.randperm(len(items), generator=generator)]
-            for items in (self.concepts, self.styles)
-        )
-        turns, count = range(len(styles)), len(styles)
-        named = [self.prompt(n, styles[(i + turn) % count]) for turn in turns for i, n in enumerate(names)]
+        names = [self.concepts[i] for i in torch.randperm(len(self.concepts), generator=generator)]
+        styles = [self.styles[i] for i in torch.randperm(len(self.styles), generator=generator)]
+        named = []
+        for turn in range(len(styles)):
+            named += [self.prompt(n, styles[(i + turn) % len(styles)]) for i, n in enumerate(names)]
         return [*named, *map(captions.nameless, self.styles), ""] if size is None else named[:size]
 
 
@@ -251,15 +211,11 @@ def wishes(gone: Iterable[Concept], choose: Callable[[Concept], Sequence[str]]) 
     for concept in sorted(gone, key=lambda c: c.name):
         for prompt, other in zip(concept.prompts, choose(concept), strict=True):
             steps.setdefault(prompt, other)
-    ends = {}
-    for prompt in steps:
-        end, seen = prompt, {prompt}
-        while end in steps:  # "a neon sign of an apple" -> "... of an orange" -> "a photo of an orange"
-            end = steps[end]
-            if end in seen:
-                raise ValueError(f"{end!r} is to go itself: ask for something that stays instead of it")
-            seen.add(end)
-        ends[prompt] = end
+    ends = steps
+    for _ in steps:  # "a neon sign of an apple" -> "... of an orange" -> "a photo of an orange"
+        ends = {prompt: steps.get(end, end) for prompt, end in ends.items()}
+    if circle := [end for end in ends.values() if end in steps]:
+        raise ValueError(f"{circle[0]!r} is to go itself: ask for something that stays instead of it")
     return ends
 
 
@@ -282,9 +238,9 @@ class UnlearnConfig:
         lambda_attention, lambda_prior, lambda_regularization: weights of the three losses; None for those
             that suit the solver. The exact solver counts the regularization in units of the mean square of
             what a head hears.
-        instead: what is asked in the place of a concept of the model's card: "nearest", the kept concept that
-            is nearest by the model's own answers; "nameless", the prompt with the name left out ("a neon
-            sign" for "a neon sign of an apple"); or the name of a concept that stays.
+        instead: what is asked in the place of a concept that does not say it itself: "nearest", the kept
+            concept that is nearest by the model's own answers; "nameless", the prompt with the name left out
+            ("a neon sign" for "a neon sign of an apple"); or the name of a concept that stays.
         eta: how far past what is asked instead the target lies.
         memory_size: how many prompts are remembered; None for all that the card has.
         num_inference_steps, places: moments, and places per layer and moment, that the exact solver looks at.
@@ -320,8 +276,8 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         for names, kind, fits, expected in _RULES:
             for name in names.split():
-                value, optional = getattr(self, name), getattr(type(self), name) is None
-                if value is None and optional:
+                value = getattr(self, name)
+                if value is None and getattr(type(self), name) is None:
                     continue
                 if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
                     raise ValueError(f"{name} = {value!r}: expected {expected}")

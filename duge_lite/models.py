@@ -38,7 +38,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .concepts import DATA, ModelCard, model_card
+from .concepts import ModelCard, data_dir, model_card
 from .errors import ModelNotFoundError
 
 DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
@@ -126,11 +126,6 @@ def written(path: Path) -> Iterator[Path]:
 
 
 # ---- where pipelines come from
-
-
-def data_dir() -> Path:
-    """The folder of the shipped models: inside an installed package, or beside it in a checkout."""
-    return DATA
 
 
 def results_dir() -> Path:
