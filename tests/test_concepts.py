@@ -28,8 +28,7 @@ def test_the_card_of_the_doodle_model(card):
         assert name in OBJECTS and set(others) < set(OBJECTS) - {name}
         assert all(name in card.related[other] for other in others)
     for pair in ("apple/orange", "umbrella/parachute", "broccoli/tree", "car/airplane", "bow tie/sunglasses"):
-        one, other = pair.split("/")
-        assert other in card.related[one]
+        assert pair.split("/")[1] in card.related[pair.split("/")[0]]
     assert sorted(card.order) == sorted(OBJECTS) and card.order[:2] == ("apple", "broccoli")
     assert card.plain == {c: captions.prompt(c) for c in OBJECTS}
     assert card.labels == {c: (c,) for c in OBJECTS + STYLES}
@@ -71,12 +70,12 @@ def test_a_name_of_the_card(card):
     assert pairs["a neon sign of a car"] == "a photo of a car" and pairs["a neon sign"] == "a photo"
 
 
-@pytest.mark.parametrize("word", ["brocoli", "Van Gogh", "", "photo"])
-def test_a_word_that_the_doodle_model_never_read(card, tiny_pipe, word):
-    with pytest.raises(UnknownConceptError, match="is no concept.*Choose one of: apple, orange"):
+@pytest.mark.parametrize(
+    ("word", "hint"), [("brocoli", "Did you mean 'broccoli'"), ("Van Gogh", ""), ("", ""), ("photo", "")]
+)
+def test_a_word_that_the_doodle_model_never_read(tiny_pipe, word, hint):
+    with pytest.raises(UnknownConceptError, match=f"is no concept.*{hint}.*Choose one of: apple, orange"):
         duge.unlearn(tiny_pipe, word)
-    with pytest.raises(UnknownConceptError, match="Did you mean 'broccoli'"):
-        card.concept("brocoli")
 
 
 def test_free_words_where_any_word_is_read(open_pipe):
@@ -84,8 +83,7 @@ def test_free_words_where_any_word_is_read(open_pipe):
     gogh = card.concept("Van Gogh")
     assert len(gogh.prompts) == len(gogh.instead) and not gogh.labels
     assert all(gogh.named_in(p) for p in gogh.prompts) and not any(map(gogh.named_in, gogh.instead))
-    assert card.concept("apple").instead == ()  # the card's own
-    assert card.concept("APPLE") == card.concept("apple")
+    assert card.concept("APPLE") == Concept("apple", card.prompts("apple"), labels=["Granny Smith"])
     with pytest.raises(ValueError, match="a concept comes twice"):
         duge.unlearn(open_pipe, ["Van Gogh", "van gogh"])
 
@@ -145,11 +143,10 @@ def test_what_is_asked_instead(tiny_pipe, card, instead, expected):
     assert ends["a sketch of an apple"] == (expected or near)
 
 
-def test_what_is_asked_instead_has_to_be_known(tiny_pipe):
-    with pytest.raises(UnknownConceptError, match="'pear'"):
-        duge.unlearn(tiny_pipe, "apple", replace(EXACT, instead="pear"), MEMORY, progress=False)
-    with pytest.raises(ValueError, match="'sketch' is a style: .* an object"):
-        duge.unlearn(tiny_pipe, "apple", replace(EXACT, instead="sketch"), MEMORY, progress=False)
+@pytest.mark.parametrize(("instead", "told"), [("pear", "'pear'"), ("sketch", "'sketch' is a style")])
+def test_what_is_asked_instead_has_to_be_a_known_object(tiny_pipe, instead, told):
+    with pytest.raises(ValueError, match=told):
+        duge.unlearn(tiny_pipe, "apple", replace(EXACT, instead=instead), MEMORY, progress=False)
 
 
 @pytest.mark.parametrize("instead", ["nearest", "nameless", "star"])
