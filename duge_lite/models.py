@@ -1,10 +1,10 @@
 """Pipelines: where they come from, how they sample, in one process or several; their weights, their files.
 
 Several processes, each on a GPU of its own, run the same program and make the same calls in the same order
-(``accelerate launch``). Then :func:`~duge_lite.unlearning.unlearn`, sequences, :func:`sample` and all that
-draws with it end in each as they would in one alone: prompts are shared out, and pictures, or what the layers
-saw of them, gathered; the main process alone writes files and shows progress. The gradient solver, attacks
-and what a :func:`~duge_lite.attention.trace` draws are not shared.
+(``accelerate launch --multi_gpu``, also on CPUs). Then :func:`~duge_lite.unlearning.unlearn`, sequences,
+:func:`sample` and all that draws with it end in each as they would in one alone: prompts are shared out, and
+pictures, or what the layers saw of them, gathered; the main process alone writes files and shows progress.
+The gradient solver, attacks and what a :func:`~duge_lite.attention.trace` draws are not shared.
 
 Whoever makes a call that the others do not make waits for them: print and plot in the main process
 (:func:`is_main`), but draw, forget and save in all. When one dies, the launcher ends the others; one that
@@ -46,10 +46,7 @@ DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
 
 
 def launched() -> PartialState | None:
-    """The launched processes as this one sees them, which joins them if it did not; None when it is alone.
-
-    Without CUDA they run on the CPU: by ``accelerate launch --multi_gpu``, for ``--cpu`` starts one alone.
-    """
+    """The launched processes as this one sees them, which joins them if it did not; None when it is alone."""
     if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     return PartialState(cpu=not torch.cuda.is_available())
@@ -145,10 +142,7 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """16 bits on CUDA (bfloat16 where the hardware has it), 32 bits elsewhere.
-
-    On MPS half precision gives black pictures in some versions, so it is never the default there.
-    """
+    """16 bits on CUDA (bfloat16 where the hardware has it), 32 elsewhere: MPS can draw black in 16."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -290,8 +284,7 @@ def sample(
 ) -> list[Image.Image] | torch.Tensor:
     """Pictures for ``prompts``; picture i starts from noise of seed ``seed + i``, or of its own ``seed[i]``.
 
-    The noise does not depend on the batch size. Under ``accelerate launch`` every process must ask, draws its
-    share and gets all the pictures.
+    Under ``accelerate launch`` every process must ask, draws its share and gets all the pictures.
 
     Returns a list of PIL images, or with ``output_type="latent"`` the scaled latents (n, 4, h, w) on the CPU.
     ``num_inference_steps``, ``guidance_scale`` and ``batch_size`` default to those of the model's card;
@@ -346,10 +339,7 @@ def sample(
 def encode_prompts(
     pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, prompts: Sequence[str]
 ) -> torch.Tensor:
-    """What the denoiser reads of ``prompts``: hidden states (n, T, D), float32 on the CPU; equal ones once.
-
-    Of Stable Diffusion XL's two text encoders both, side by side (D = 2048).
-    """
+    """What the denoiser reads: hidden states (n, T, D), float32, on the CPU; of XL both encoders', side by side."""
     distinct = list(dict.fromkeys(prompts))
     how = {"device": pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     batches = (distinct[i : i + 64] for i in range(0, len(distinct), 64))
@@ -387,14 +377,11 @@ def draw_pictures(
 
 
 def overwrite(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    """Writes ``values`` over the parameters of the same names, in place.
-
-    A caller's ``torch.autocast`` forgets its 16-bit copies, or it would go on with the old weights.
-    """
+    """Writes ``values`` over the parameters of the same names, in place."""
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
-    torch.clear_autocast_cache()
+    torch.clear_autocast_cache()  # or a caller's torch.autocast would go on with 16-bit copies of the old
 
 
 @contextmanager
