@@ -339,7 +339,7 @@ def sample(
 def encode_prompts(
     pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, prompts: Sequence[str]
 ) -> torch.Tensor:
-    """What the denoiser reads: hidden states (n, T, D), float32, on the CPU; of XL both encoders', side by side."""
+    """What the denoiser reads: hidden states (n, T, D), float32, on the CPU; XL's two side by side."""
     distinct = list(dict.fromkeys(prompts))
     how = {"device": pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     batches = (distinct[i : i + 64] for i in range(0, len(distinct), 64))

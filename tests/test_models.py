@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,8 @@ import duge_lite as duge
 from duge_lite.concepts import model_card
 from duge_lite.errors import ModelNotFoundError
 from duge_lite.models import data_dir, default_device, default_dtype
+
+PARTS = ("unet", "vae", "text_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def same_weights(one, other) -> bool:
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_folder_comes_back_as_it_was_saved(saved, tiny_master, kind):
     pipe = duge.load_pipeline(kind(saved), device="cpu")
-    for part in ("unet", "vae", "text_encoder"):
+    for part in PARTS:
         assert same_weights(getattr(pipe, part), getattr(tiny_master, part))
         assert not getattr(pipe, part).training
     assert pipe.unet.dtype == torch.float32 and pipe.safety_checker is None
@@ -120,13 +123,10 @@ def garble(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "place", "named"),
     [
-        *((truncate, f"{part}/*.safetensors", "") for part in ("unet", "vae", "text_encoder")),
+        *((truncate, f"{part}/*.safetensors", "") for part in PARTS),
         *((thin, f"{part}/*.safetensors", "weights are missing") for part in ("unet", "vae")),
         *((garble, file, "") for file in ("unet/config.json", "model_index.json")),
-        *(
-            (shutil.rmtree, part, f"it lacks {part}")
-            for part in "unet vae text_encoder tokenizer scheduler".split()
-        ),
+        *((shutil.rmtree, part, f"it lacks {part}") for part in (*PARTS, "tokenizer", "scheduler")),
         (Path.unlink, "tokenizer/tokenizer.json", "vocabulary is missing"),
     ],
 )
@@ -148,9 +148,7 @@ def test_another_kind_of_pipeline_is_named(folder, kind):
     rewrite_index(folder, _class_name=kind)
     with pytest.raises(ModelNotFoundError) as caught:
         duge.load_pipeline(folder)
-    assert str(caught.value).startswith(
-        f"{folder} holds a {kind}: expected Stable Diffusion 1.x or 2.x, or XL"
-    )
+    assert str(caught.value).startswith(f"{folder} holds a {kind}: expected Stable Diffusion 1.x or 2.x,")
 
 
 @pytest.mark.parametrize("module", ["of_my_own", "diffusers"])  # a file may have the name of a known library
@@ -163,11 +161,11 @@ def test_code_that_comes_along_is_never_run(folder, module, tmp_path):
     assert not mark.exists()
 
 
+@dataclass
 class Bomb:
-    """Unpickling it would leave a mark."""
+    """Unpickling it leaves a mark."""
 
-    def __init__(self, mark: Path):
-        self.mark = mark
+    mark: Path
 
     def __reduce__(self):
         return (Path.touch, (self.mark,))
