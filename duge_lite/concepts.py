@@ -34,7 +34,7 @@ class Concept:
 
     name: str  #: what it is called, in tables and in prompts
     prompts: tuple[str, ...]  #: how it is asked for; these are what unlearning sees
-    instead: tuple[str, ...] = ()  #: what is asked in the place of each prompt; empty: see ``UnlearnConfig``
+    instead: tuple[str, ...] = ()  #: what is asked in the place of each; empty, as the settings say
     labels: tuple[str, ...] = ()  #: what a judge may call it; nothing when no judge knows it
 
     def __post_init__(self) -> None:
@@ -67,17 +67,17 @@ class ModelCard:
     concepts: tuple[str, ...]  #: names that can be forgotten and judged
     styles: tuple[str, ...] = STYLES  #: the first is the plain one; a judge need not know the others
     related: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: what resembles each concept
-    plain: Mapping[str, str] = field(default_factory=dict)  #: prompts that are not "a photo of a ..."
+    plain: Mapping[str, str] = field(default_factory=dict)  #: the prompt of each, if not "a photo of a ..."
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: what the judge may call each
     order: tuple[str, ...] = ()  #: the concepts that a benchmark asks to go
     guidance_scale: float = 8.0  #: that evaluation samples with
     num_inference_steps: int = 50  #: that evaluation samples with
     sampling_steps: int = 25  #: enough for memory pictures and previews
-    judge: str = "microsoft/resnet-50"  #: the image classifier of its pictures: "doodle" or a hub id
+    judge: str = "microsoft/resnet-50"  #: the image classifier of its pictures, "doodle" or a hub id
     open_choice: bool = True  #: whether the judge may say all that it knows, not only what the card lists
     open_words: bool = True  #: whether it reads any word, so that anything can be asked to go
     batch_size: int = 4  #: pictures that are drawn at once
-    settings: Mapping[str, object] = field(default_factory=dict)  #: of :class:`UnlearnConfig`, its own
+    settings: Mapping[str, object] = field(default_factory=dict)  #: its own defaults of ``UnlearnConfig``
 
     @classmethod
     def read(cls, name: str, file: str, judged_styles: tuple[str, ...] = (), **facts: object) -> ModelCard:
@@ -111,7 +111,7 @@ class ModelCard:
 
     @property
     def forgettable(self) -> tuple[str, ...]:
-        """All that the card lists and that can be asked to go: concepts, and every style but the plain."""
+        """What can be asked to go by name, concepts and every style but the plain."""
         return self.concepts + self.styles[1:]
 
     def prompts(self, concept: str) -> list[str]:

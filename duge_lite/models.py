@@ -349,7 +349,7 @@ def encode_prompts(
 
 @dataclass(frozen=True)
 class Pictures:
-    """Noise-free latents with the text that they were drawn from; raises ValueError unless as many."""
+    """Noise-free latents with the text that they were drawn from, as many of each, or a ValueError."""
 
     latents: torch.Tensor  #: (n, 4, h, w), scaled
     encoder_hidden_states: torch.Tensor  #: (n, T, D)
