@@ -21,7 +21,7 @@ from PIL import Image
 
 import duge_lite as duge
 from duge_lite import baselines
-from duge_lite.config import UnlearnConfig
+from duge_lite.concepts import UnlearnConfig
 from duge_lite.evaluation import wilson_interval
 from duge_lite.gradient import DUGE, Objective
 from duge_lite.unlearning import UnlearningRun

@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import duge_lite as duge
-from duge_lite.config import UnlearnConfig
+from duge_lite.concepts import UnlearnConfig
 from duge_lite.solver import PictureBook
 
 GIB = 2**30

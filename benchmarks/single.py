@@ -31,7 +31,7 @@ from common import chosen, cpu, draw, images, interval, methods, table  # isort:
 
 import duge_lite as duge
 from duge_lite import figures
-from duge_lite.config import UnlearnConfig
+from duge_lite.concepts import UnlearnConfig
 from duge_lite.evaluation import err, kid
 from duge_lite.unlearning import UnlearningRun
 

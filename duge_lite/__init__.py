@@ -19,8 +19,7 @@ _logging.set_verbosity(_verbosity)
 
 from . import checks, doodles, errors, losses  # noqa: E402
 from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
-from .concepts import Concept, ModelCard, model_card  # noqa: E402
-from .config import UnlearnConfig  # noqa: E402
+from .concepts import Concept, ModelCard, UnlearnConfig, model_card  # noqa: E402
 from .evaluation import ClipJudge, Judge, evaluate  # noqa: E402
 from .models import data_dir, is_main, load_oracle, load_pipeline, results_dir, sample  # noqa: E402
 from .sequence import UnlearningSequence, unlearn_sequence  # noqa: E402

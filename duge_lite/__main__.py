@@ -13,25 +13,22 @@ def copy_notebooks(folder: Path) -> list[Path]:
     Returns the notebooks' new paths. Raises FileExistsError, before anything is written, where one of them
     is there already: it may hold somebody's work.
     """
-    source = course_dir()
-    notebooks = {path: folder / "notebooks" / path.name for path in sorted(source.glob("notebooks/*.ipynb"))}
-    if there := [str(target) for target in notebooks.values() if target.exists()]:
+    notebooks = sorted(course_dir().glob("notebooks/*.ipynb"))
+    beside = [path for path in data_dir().iterdir() if path.suffix in (".png", ".svg")]
+    files = [*notebooks, *beside, *course_dir().glob("docs/glossary.md")]
+    copies = {path: folder / path.parent.name / path.name for path in files}
+    if there := [copies[path] for path in notebooks if copies[path].exists()]:
         raise FileExistsError(f"{there[0]} is there already; choose another folder, or move it away.")
-    beside = {
-        path: folder / "data" / path.name for path in data_dir().iterdir() if path.suffix in (".png", ".svg")
-    }
-    pages = {path: folder / "docs" / path.name for path in source.glob("docs/glossary.md")}
-    for path, target in {**beside, **pages, **notebooks}.items():
+    for path, target in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    return list(notebooks.values())
+    return [copies[path] for path in notebooks]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m duge_lite", description=__doc__)
-    command = parser.add_subparsers(required=True).add_parser(
-        "copy-notebooks", help="copy the course into DIR"
-    )
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("copy-notebooks", help="copy the course into DIR")
     command.add_argument("folder", metavar="DIR", type=Path)
     try:
         print(*copy_notebooks(parser.parse_args(arguments).folder), sep="\n")

@@ -18,8 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from .concepts import Concept, ModelCard
-from .config import UnlearnConfig
+from .concepts import Concept, ModelCard, UnlearnConfig
 from .gradient import Answer, Objective
 from .losses import prior_preservation_loss
 from .models import encode_prompts, overwrite

@@ -1,4 +1,4 @@
-"""What can go, and what a model knows: a concept is resolved here, once, and flows on as a small value.
+"""What is asked for: a concept, resolved here, once; what a model knows of it; and the settings.
 
 ``card.concept("apple")`` looks a name up; on a model that reads any word, ``card.concept("Van Gogh")`` makes
 the prompts from templates; :class:`Concept` says it all by itself.
@@ -6,9 +6,11 @@ the prompts from templates; :class:`Concept` says it all by itself.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 
 import pandas as pd
@@ -19,28 +21,21 @@ from .doodles import captions
 from .doodles.draw import STYLES
 from .errors import UnknownConceptError
 
-DATA = Path(__file__).resolve().parent / "data"  # inside an installed package
-DATA = DATA if DATA.is_dir() else DATA.parents[1] / "data"  # beside it, in a checkout
+
+def data_dir() -> Path:
+    """The folder of the shipped models: inside an installed package, or beside it in a checkout."""
+    packaged = Path(__file__).resolve().parent / "data"
+    return packaged if packaged.is_dir() else packaged.parents[1] / "data"
 
 
 @dataclass(frozen=True)
 class Concept:
-    """Something that is to go.
+    """Something that is to go. Raises ValueError without prompts, or with another number of ``instead``."""
 
-    Attributes:
-        name: what it is called, in tables and in prompts.
-        prompts: how it is asked for; these are what unlearning sees.
-        instead: what the reference is asked in the place of each prompt, as many as there are prompts; empty:
-            the nearest concept that stays is chosen when it is forgotten.
-        labels: what a judge may call it; nothing when no judge knows it.
-
-    Raises ValueError for a concept without prompts, or with another number of ``instead``.
-    """
-
-    name: str
-    prompts: tuple[str, ...]
-    instead: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    name: str  #: what it is called, in tables and in prompts
+    prompts: tuple[str, ...]  #: how it is asked for; these are what unlearning sees
+    instead: tuple[str, ...] = ()  #: what is asked in the place of each; empty, as the settings say
+    labels: tuple[str, ...] = ()  #: what a judge may call it; nothing when no judge knows it
 
     def __post_init__(self) -> None:
         for part in ("prompts", "instead", "labels"):
@@ -51,8 +46,8 @@ class Concept:
         if not self.prompts:
             raise ValueError(f"the concept {self.name!r} has no prompts: expected at least one way to ask")
         if len(self.instead) not in (0, len(self.prompts)):
-            count = f"{len(self.prompts)} prompts and {len(self.instead)} to ask instead"
-            raise ValueError(f"{self.name!r} has {count}: expected one each")
+            counts = f"{len(self.prompts)} prompts and {len(self.instead)} to ask instead"
+            raise ValueError(f"{self.name!r} has {counts}: expected one each")
 
     def named_in(self, prompt: str) -> bool:
         """Whether ``prompt`` asks for it: one of its prompts, or its name as whole words anywhere."""
@@ -66,59 +61,34 @@ class Concept:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model knows and how it likes to be asked. One of your own takes ten lines (see the README).
-
-    Attributes:
-        name: of the model.
-        concepts: names that can be forgotten and judged.
-        styles: style names; the first is the plain one, and a judge need not know the others.
-        related: for each concept, the concepts that resemble it.
-        plain: for each concept, its plain prompt, where it is not "a photo of a ...".
-        labels: for each concept, what the judge may call it; nothing for what the judge does not know.
-        order: the concepts that a benchmark asks to go, in its order.
-        guidance_scale, num_inference_steps: the settings that evaluation samples with.
-        sampling_steps: enough steps for memory pictures and previews.
-        judge: the image classifier that names its pictures: "doodle" or a hub id.
-        open_choice: whether the judge may say anything that it knows, or only what the card lists.
-        open_words: whether it reads any word, so that anything can be asked to go.
-        batch_size: how many pictures are drawn at once.
-        settings: of :class:`~duge_lite.unlearning.UnlearnConfig`, what this model needs otherwise.
-    """
+    """What a model knows and how it likes to be asked."""
 
     name: str
-    concepts: tuple[str, ...]
-    styles: tuple[str, ...] = STYLES
-    related: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    plain: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    order: tuple[str, ...] = ()
-    guidance_scale: float = 8.0
-    num_inference_steps: int = 50
-    sampling_steps: int = 25
-    judge: str = "microsoft/resnet-50"
-    open_choice: bool = True
-    open_words: bool = True
-    batch_size: int = 4
-    settings: Mapping[str, object] = field(default_factory=dict)
+    concepts: tuple[str, ...]  #: names that can be forgotten and judged
+    styles: tuple[str, ...] = STYLES  #: the first is the plain one; a judge need not know the others
+    related: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: what resembles each concept
+    plain: Mapping[str, str] = field(default_factory=dict)  #: the prompt of each, if not "a photo of a ..."
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: what the judge may call each
+    order: tuple[str, ...] = ()  #: the concepts that a benchmark asks to go
+    guidance_scale: float = 8.0  #: that evaluation samples with
+    num_inference_steps: int = 50  #: that evaluation samples with
+    sampling_steps: int = 25  #: enough for memory pictures and previews
+    judge: str = "microsoft/resnet-50"  #: the image classifier of its pictures, "doodle" or a hub id
+    open_choice: bool = True  #: whether the judge may say all that it knows, not only what the card lists
+    open_words: bool = True  #: whether it reads any word, so that anything can be asked to go
+    batch_size: int = 4  #: pictures that are drawn at once
+    settings: Mapping[str, object] = field(default_factory=dict)  #: its own defaults of ``UnlearnConfig``
 
     @classmethod
     def read(cls, name: str, file: str, judged_styles: tuple[str, ...] = (), **facts: object) -> ModelCard:
         """A card whose concepts are the rows of ``file`` in ``data/``: see the data card."""
-        rows = pd.read_csv(DATA / file, dtype={"order": "Int64"}).set_index("concept")
-
-        def lists(column: str) -> dict[str, tuple[str, ...]]:
-            return {c: tuple(text.split("|")) for c, text in rows[column].dropna().items()}
-
-        labels = lists("judge_label") | {style: (style,) for style in judged_styles}
-        return cls(
-            name,
-            tuple(rows.index),
-            related=lists("related"),
-            plain=rows.prompt.to_dict(),
-            labels=labels,
-            order=tuple(rows.order.dropna().sort_values().index),
-            **facts,
+        rows = pd.read_csv(data_dir() / file).set_index("concept")
+        related, labels = (
+            rows[column].dropna().str.split("|").map(tuple).to_dict() for column in ("related", "judge_label")
         )
+        facts |= {"related": related, "labels": labels | {style: (style,) for style in judged_styles}}
+        facts |= {"plain": rows.prompt.to_dict(), "order": tuple(rows.order.dropna().sort_values().index)}
+        return cls(name, tuple(rows.index), **facts)
 
     def subject(self, concept: str) -> str:
         """How a prompt names it: "an apple", "sunglasses", "the Eiffel Tower"."""
@@ -141,7 +111,7 @@ class ModelCard:
 
     @property
     def forgettable(self) -> tuple[str, ...]:
-        """All that the card lists and that can be asked to go: concepts, and every style but the plain."""
+        """What can be asked to go by name, concepts and every style but the plain."""
         return self.concepts + self.styles[1:]
 
     def prompts(self, concept: str) -> list[str]:
@@ -183,12 +153,9 @@ class ModelCard:
         UnknownConceptError for a word that the model never read, ValueError where ``instead`` is a style,
         TypeError for anything but a text or a Concept.
         """
-        if isinstance(what, str):
-            concept = self._named(what.strip())
-        elif isinstance(what, Concept):
-            concept = what
-        else:
+        if not isinstance(what, str | Concept):
             raise TypeError(f"{what!r} is no concept: expected a name, or duge.Concept(name, prompts=[...])")
+        concept = self._named(what.strip()) if isinstance(what, str) else what
         if concept.instead or instead == "nearest":
             return concept
         if instead in self.styles:
@@ -197,17 +164,13 @@ class ModelCard:
         return replace(concept, instead=concept.pair(others))
 
     def _named(self, words: str) -> Concept:
-        name = next((n for n in self.forgettable if n.casefold() == words.casefold()), None)
-        if name is None and (not self.open_words or not words):
-            raise UnknownConceptError(words, self.forgettable)
-        if name is None:
-            return Concept(words, self.prompts(words), self.nameless(words))
-        labels, prompts = self.labels.get(name, ()), self.prompts(name)
-        if name not in self.styles:
-            return Concept(name, prompts, (), labels)
-        # a style also goes where no object is named; it is asked for plainly instead
-        plainly = [*self.nameless(name), captions.nameless()]
-        return Concept(name, [*prompts, captions.nameless(name)], plainly, labels)
+        name = next((n for n in self.forgettable if n.casefold() == words.casefold()), words)
+        if not (self.open_words and name):
+            self.check(name)
+        prompts, instead = self.prompts(name), self.nameless(name)
+        if name in self.styles[1:]:  # it goes where no object is named, too
+            prompts, instead = [*prompts, captions.nameless(name)], [*instead, captions.nameless()]
+        return Concept(name, prompts, () if name in self.concepts else instead, self.labels.get(name, ()))
 
     def memory_prompts(self, size: int | None = None, seed: int = 0) -> list[str]:
         """What is to stay: ``size`` prompts, spread over concepts and styles evenly; by default all of them.
@@ -215,12 +178,11 @@ class ModelCard:
         Each round names every concept once, the styles in turn; the prompts without a name stand last.
         """
         generator = torch.Generator().manual_seed(seed)
-        names, styles = (
-            [items[i] for i in torch.randperm(len(items), generator=generator)]
-            for items in (self.concepts, self.styles)
-        )
-        turns, count = range(len(styles)), len(styles)
-        named = [self.prompt(n, styles[(i + turn) % count]) for turn in turns for i, n in enumerate(names)]
+        names = [self.concepts[i] for i in torch.randperm(len(self.concepts), generator=generator)]
+        styles = [self.styles[i] for i in torch.randperm(len(self.styles), generator=generator)]
+        named = []
+        for turn in range(len(styles)):
+            named += [self.prompt(n, styles[(i + turn) % len(styles)]) for i, n in enumerate(names)]
         return [*named, *map(captions.nameless, self.styles), ""] if size is None else named[:size]
 
 
@@ -249,13 +211,95 @@ def wishes(gone: Iterable[Concept], choose: Callable[[Concept], Sequence[str]]) 
     for concept in sorted(gone, key=lambda c: c.name):
         for prompt, other in zip(concept.prompts, choose(concept), strict=True):
             steps.setdefault(prompt, other)
-    ends = {}
-    for prompt in steps:
-        end, seen = prompt, {prompt}
-        while end in steps:  # "a neon sign of an apple" -> "... of an orange" -> "a photo of an orange"
-            end = steps[end]
-            if end in seen:
-                raise ValueError(f"{end!r} is to go itself: ask for something that stays instead of it")
-            seen.add(end)
-        ends[prompt] = end
+    ends = steps
+    for _ in steps:  # "a neon sign of an apple" -> "... of an orange" -> "a photo of an orange"
+        ends = {prompt: steps.get(end, end) for prompt, end in ends.items()}
+    if circle := [end for end in ends.values() if end in steps]:
+        raise ValueError(f"{circle[0]!r} is to go itself: ask for something that stays instead of it")
     return ends
+
+
+# ---- how to forget
+
+SOLVERS = {"exact": (1.0, 1.0, 1e-3), "gradient": (1.0, 100.0, 10.0)}
+"""The solvers, with the weights of the three losses that suit each."""
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """How to forget. The paper does not fix these numbers for us: every default is ours.
+
+    Attributes:
+        solver: "exact": the losses' minimum at once, in seconds (:mod:`duge_lite.solver`); "gradient": the
+            paper's form, step by step through the whole denoiser (:mod:`duge_lite.gradient`): minutes, and
+            harder to bring back by a learned word (benchmarks/results).
+        solve: which matrix of each layer the exact solver solves for: "output", through which every word has
+            to pass, or "values", which a learned word can walk around (benchmarks/results).
+        lambda_attention, lambda_prior, lambda_regularization: weights of the three losses; None for those
+            that suit the solver. The exact solver counts the regularization in units of the mean square of
+            what a head hears.
+        instead: what is asked in the place of a concept that does not say it itself: "nearest", the kept
+            concept that is nearest by the model's own answers; "nameless", the prompt with the name left out
+            ("a neon sign" for "a neon sign of an apple"); or the name of a concept that stays.
+        eta: how far past what is asked instead the target lies.
+        memory_size: how many prompts are remembered; None for all that the card has.
+        num_inference_steps, places: moments, and places per layer and moment, that the exact solver looks at.
+        iterations, batch_size, memory_batch_size, lr: of the gradient solver's AdamW.
+        target_size, lessons: of the gradient solver: pictures of the concept, and how many noisy versions of
+            them and of the memory the reference answers for before learning starts.
+        revisit: share of the gradient solver's pictures that show concepts of earlier requests, so that they
+            do not come back (ours).
+        seed: of pictures, noise and order; one seed, one result.
+
+    Raises ValueError for what is out of range.
+    """
+
+    solver: str = "exact"
+    solve: str = "output"
+    lambda_attention: float | None = None
+    lambda_prior: float | None = None
+    lambda_regularization: float | None = None
+    instead: str = "nearest"
+    eta: float = 1.0
+    memory_size: int | None = None
+    num_inference_steps: int = 5
+    places: int = 32
+    iterations: int = 40
+    batch_size: int = 8
+    memory_batch_size: int = 8
+    target_size: int = 10
+    lessons: int = 64
+    lr: float = 1e-3
+    revisit: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for names, kind, fits, expected in _RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is None and getattr(type(self), name) is None:
+                    continue
+                if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+                    raise ValueError(f"{name} = {value!r}: expected {expected}")
+        if self.lessons < self.target_size:  # some pictures would never be learned from
+            raise ValueError(f"lessons = {self.lessons}: expected at least target_size, {self.target_size}")
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """The weights of the three losses: those that were chosen, or those that suit the solver."""
+        chosen = (self.lambda_attention, self.lambda_prior, self.lambda_regularization)
+        return tuple(d if c is None else c for c, d in zip(chosen, SOLVERS[self.solver], strict=True))
+
+
+_COUNTS = "memory_size num_inference_steps places iterations batch_size memory_batch_size target_size lessons"
+_WEIGHTS = "lambda_attention lambda_prior lambda_regularization eta"
+_RULES = (  # settings, their type, what fits, in words
+    ("solver", str, lambda v: v in SOLVERS, '"exact" or "gradient"'),
+    ("solve", str, lambda v: v in ("output", "values"), '"output" or "values"'),
+    ("instead", str, bool, '"nearest", "nameless" or a concept\'s name'),
+    (_COUNTS, int, lambda v: v >= 1, "a whole number, at least 1"),
+    (_WEIGHTS, Real, lambda v: 0 <= v < math.inf, "0 (off) or more"),
+    ("lr", Real, lambda v: 0 < v < math.inf, "a number above 0"),
+    ("revisit", Real, lambda v: 0 <= v < 1, "a share from 0 (never) to below 1"),
+    ("seed", int, lambda v: True, "a whole number"),
+)

@@ -10,10 +10,9 @@ class UnknownConceptError(ValueError):
     """A name outside the world; lists what there is and the nearest match."""
 
     def __init__(self, value: str, known: Sequence[str], what: str = "concept") -> None:
-        near = difflib.get_close_matches(str(value), list(known), n=1)
-        listed = [*known[:40], "..."] if len(known) > 40 else known
+        near = difflib.get_close_matches(str(value), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        choices = ", ".join(listed)
+        choices = ", ".join([*known[:40], "..."] if len(known) > 40 else known)
         super().__init__(f"{value!r} is no {what} that is known here.{hint} Choose one of: {choices}.")
 
 
@@ -21,11 +20,10 @@ class WordNotInPromptError(KeyError):
     """A word that the prompt does not hold; lists the words that it does."""
 
     def __init__(self, word: str, words: Sequence[str]) -> None:
-        super().__init__(word)
-        self.sentence = f"{word!r} is not in the prompt, whose words are: {', '.join(words) or '(none)'}."
+        super().__init__(f"{word!r} is not in the prompt, whose words are: {', '.join(words) or '(none)'}.")
 
-    def __str__(self) -> str:
-        return self.sentence
+    def __str__(self) -> str:  # a KeyError shows it in quotes
+        return self.args[0]
 
 
 class ModelNotFoundError(OSError):

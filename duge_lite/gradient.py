@@ -16,8 +16,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from .attention import AttentionRecorder, record_attention
-from .concepts import ModelCard
-from .config import UnlearnConfig
+from .concepts import ModelCard, UnlearnConfig
 from .errors import DivergedError, OutOfMemoryError
 from .losses import attention_target, cross_attention_loss, prior_preservation_loss, regularization_loss
 from .models import Pictures, draw_pictures, encode_prompts, overwrite, sample, swapped

@@ -1,18 +1,18 @@
 """Pipelines: where they come from, how they sample, in one process or several; their weights, their files.
 
 Several processes, each on a GPU of its own, run the same program and make the same calls in the same order
-(``accelerate launch``). Then :func:`~duge_lite.unlearning.unlearn`, sequences, :func:`sample` and all that
-draws with it end in each as they would in one alone: lists of prompts are shared out and pictures, or what
-the layers saw of them, gathered; the main process alone writes files and shows progress. The gradient
-solver, attacks and what a :func:`~duge_lite.attention.trace` draws are not shared.
+(``accelerate launch --multi_gpu``, also on CPUs). Then :func:`~duge_lite.unlearning.unlearn`, sequences,
+:func:`sample` and all that draws with it end in each as they would in one alone: prompts are shared out, and
+pictures, or what the layers saw of them, gathered; the main process alone writes files and shows progress.
+The gradient solver, attacks and what a :func:`~duge_lite.attention.trace` draws are not shared.
 
-Whoever makes a call that the others do not make waits for them. So print and plot in the main process
-(:func:`is_main`), but draw, forget and save in all. When one dies (of a full memory, say), the launcher ends
-the others; one that catches its error and goes on keeps them waiting until the backend's time is out.
+Whoever makes a call that the others do not make waits for them: print and plot in the main process
+(:func:`is_main`), but draw, forget and save in all. When one dies, the launcher ends the others; one that
+catches its error and goes on keeps them waiting until the backend's time is out.
 
-A process that no launcher started is alone: nothing here costs it anything or sets anything up, so that a
-notebook can still start several with ``accelerate.notebook_launcher``. It forks: the notebook must not have
-touched the GPU, and without one must have begun with ``torch.set_num_threads(1)``, or the forks hang.
+In a process that no launcher started nothing is set up, so that a notebook can still start several with
+``accelerate.notebook_launcher``. It forks: the notebook must not have touched the GPU, and without one must
+have begun with ``torch.set_num_threads(1)``, or the forks hang.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -38,29 +37,22 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .concepts import DATA, ModelCard, model_card
+from .concepts import ModelCard, data_dir, model_card
 from .errors import ModelNotFoundError
 
 DEFAULT_REAL_MODEL = "CompVis/stable-diffusion-v1-4"
-INDEX = "model_index.json"
-Items = TypeVar("Items", bound=Sequence)
-Result = TypeVar("Result")
 
 # ---- one process or several
 
 
 def launched() -> PartialState | None:
-    """The launched processes as this one sees them; None when it is alone.
-
-    Joins them if the program did not, by ``Accelerator()`` or ``PartialState()``. Without CUDA they run on
-    the CPU: by ``accelerate launch --multi_gpu`` all the same, for ``--cpu`` starts one process alone.
-    """
+    """The launched processes as this one sees them, which joins them if it did not; None when it is alone."""
     if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def with_bar(items: Items, what: str) -> Iterable:
+def with_bar(items: Sequence, what: str) -> Iterable:
     """``items``, with a bar in a notebook or a terminal where they take more than two seconds."""
     return tqdm(items, what, leave=False, delay=2, disable=None if is_main() else True)
 
@@ -71,10 +63,10 @@ def is_main() -> bool:
     return state is None or state.is_main_process
 
 
-def share(items: Items) -> Items:
-    """This process's part of ``items``; in their order the parts make up the whole.
+def share(items: Sequence) -> Sequence:
+    """This process's part of ``items``; in their order the parts make up the whole, once cut to its length.
 
-    A process for which none is left repeats the last one, so that the whole has to be cut to its length.
+    A process for which none is left repeats the last one.
     """
     if (state := launched()) is None:
         return items
@@ -88,11 +80,11 @@ def gathered(mine: list) -> list:
     return gather_object(mine) if launched() else mine
 
 
-def from_main(function: Callable[[], Result]) -> Result:
-    """What ``function`` returns in the main process, for all; they wait. So it is with its error."""
+def from_main(function: Callable[[], object]) -> object:
+    """What ``function`` returns, or raises, in the main process, for all; they wait."""
     if launched() is None:
         return function()
-    outcome: list = [None, None]
+    outcome = [None, None]
     if is_main():
         try:
             outcome[0] = function()
@@ -128,11 +120,6 @@ def written(path: Path) -> Iterator[Path]:
 # ---- where pipelines come from
 
 
-def data_dir() -> Path:
-    """The folder of the shipped models: inside an installed package, or beside it in a checkout."""
-    return DATA
-
-
 def results_dir() -> Path:
     """The folder of what ``benchmarks/`` measured: inside an installed package, or in a checkout."""
     packaged = data_dir() / "results"
@@ -151,16 +138,11 @@ def default_device() -> torch.device:
         return state.device
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """16 bits on CUDA (bfloat16 where the hardware has it), 32 bits elsewhere.
-
-    On MPS half precision gives black pictures in some versions, so it is never the default there.
-    """
+    """16 bits on CUDA (bfloat16 where the hardware has it), 32 elsewhere: MPS can draw black in 16."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -174,9 +156,9 @@ def load_pipeline(
     Args:
         model: ``"doodle"`` (shipped with this package), a local diffusers folder, or a hub id such as
             ``"CompVis/stable-diffusion-v1-4"``.
-        device: default CUDA, else MPS, else CPU; under ``accelerate launch`` each process's own GPU.
-        dtype: default 16 bits on CUDA, 32 bits elsewhere. A pipeline in float16 keeps its autoencoder in 32
-            bits: that one overflows, and a black picture looks like a concept well forgotten.
+        device: by default CUDA, else MPS, else CPU; under ``accelerate launch`` each process's own GPU.
+        dtype: by default 16 bits on CUDA, 32 bits elsewhere. A pipeline in float16 keeps its autoencoder in
+            32 bits: that one overflows, and a black picture looks like a concept well forgotten.
 
     Raises ModelNotFoundError when a folder is missing, broken or of another kind, or the hub does not hand
     it out. Only safetensors are read: pickled weights are refused, and so is code that comes with a model.
@@ -188,14 +170,14 @@ def load_pipeline(
     is_doodle = str(model) == "doodle"
     source = data_dir() / "doodle-sd" if is_doodle else Path(model).expanduser()
     local = is_doodle or isinstance(model, Path) or source.exists() or model.startswith((".", "/", "~"))
-    if local and not (source / INDEX).is_file():
+    index, place = source / "model_index.json", str(source if local else model)
+    if local and not index.is_file():
         advice = "Expected a folder written by `pipe.save_pretrained(folder)`."
         if is_doodle:
             advice = "Reinstall duge-lite, or make it with `python -m duge_lite.doodles.train`."
-        raise ModelNotFoundError(f"no diffusers pipeline at {source}: it holds no model_index.json. {advice}")
-    place = str(source) if local else str(model)
+        raise ModelNotFoundError(f"no diffusers pipeline at {source}: it holds no {index.name}. {advice}")
     try:
-        kind = _read_kind(source / INDEX if local else Path(hf_hub_download(place, INDEX)), place)
+        kind = _read_kind(index if local else Path(hf_hub_download(place, index.name)), place)
         xl = kind is StableDiffusionXLPipeline
         unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
         dtypes = {"default": dtype, "vae": torch.float32 if dtype == torch.float16 else dtype}
@@ -227,7 +209,7 @@ def load_oracle(pipe: StableDiffusionPipeline, concept: str) -> StableDiffusionP
     """
     card = model_card(pipe)
     folder = data_dir() / f"{card.name}-oracle-{concept.replace(' ', '-')}" / "unet"
-    if folder.parent.parent != data_dir() or ".." in folder.parts or not folder.is_dir():
+    if folder.parents[1] != data_dir() or not folder.is_dir():  # a name with slashes leads elsewhere
         raise ModelNotFoundError(
             f"no oracle without {concept!r} for {card.name}: only a world of one's own can be drawn "
             f'anew, as that of the doodles by `python -m duge_lite.doodles.train --without "{concept}"`'
@@ -256,10 +238,8 @@ def _read_kind(index: Path, place: str) -> type[StableDiffusionPipeline | Stable
     if missing and Path(place).is_dir():
         raise FileNotFoundError(f"it lacks {', '.join(sorted(missing))}")
     if code := [f"{n}/{m}.py" for n, m in parts.items() if (index.parent / n / f"{m}.py").exists()]:
-        raise ModelNotFoundError(
-            f"{place} brings code of its own ({code[0]}), which is never run: "
-            "expected parts that diffusers and transformers know"
-        )
+        why = f"{place} brings code of its own ({code[0]}), which is never run"
+        raise ModelNotFoundError(f"{why}: expected parts that diffusers and transformers know")
     return kinds[name]
 
 
@@ -284,8 +264,8 @@ def trouble(error: BaseException, place: str | Path) -> str:
 def check_pipeline(pipe: object) -> None:
     """Raises TypeError for anything but a pipeline with a denoiser."""
     if not hasattr(pipe, "unet"):
-        what = f"pipe is {type(pipe).__name__}"
-        raise TypeError(f"{what}: expected a pipeline, as duge.load_pipeline() returns it")
+        kind = type(pipe).__name__
+        raise TypeError(f"pipe is {kind}: expected a pipeline, as duge.load_pipeline() returns it")
 
 
 # ---- how they sample
@@ -304,8 +284,7 @@ def sample(
 ) -> list[Image.Image] | torch.Tensor:
     """Pictures for ``prompts``; picture i starts from noise of seed ``seed + i``, or of its own ``seed[i]``.
 
-    The noise does not depend on the batch size. Under ``accelerate launch`` every process must ask, draws its
-    share and gets all the pictures.
+    Under ``accelerate launch`` every process must ask, draws its share and gets all the pictures.
 
     Returns a list of PIL images, or with ``output_type="latent"`` the scaled latents (n, 4, h, w) on the CPU.
     ``num_inference_steps``, ``guidance_scale`` and ``batch_size`` default to those of the model's card;
@@ -360,33 +339,21 @@ def sample(
 def encode_prompts(
     pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, prompts: Sequence[str]
 ) -> torch.Tensor:
-    """What the denoiser reads of ``prompts``: hidden states (n, T, D), float32 on the CPU; equal ones once.
-
-    Of Stable Diffusion XL's two text encoders both, side by side (D = 2048).
-    """
+    """What the denoiser reads: hidden states (n, T, D), float32, on the CPU; XL's two side by side."""
     distinct = list(dict.fromkeys(prompts))
     how = {"device": pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    parts = [
-        pipe.encode_prompt(distinct[i : i + 64], **how)[0].float().cpu() for i in range(0, len(distinct), 64)
-    ]
-    return torch.cat(parts)[[distinct.index(p) for p in prompts]]
+    batches = (distinct[i : i + 64] for i in range(0, len(distinct), 64))
+    states = torch.cat([pipe.encode_prompt(batch, **how)[0].float().cpu() for batch in batches])
+    return states[[distinct.index(p) for p in prompts]]
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Noise-free latents with the text that they were drawn from.
+    """Noise-free latents with the text that they were drawn from, as many of each, or a ValueError."""
 
-    Attributes:
-        latents: (n, 4, h, w), scaled.
-        encoder_hidden_states: (n, T, D).
-        prompts: one each.
-
-    Raises ValueError when the numbers of the three differ.
-    """
-
-    latents: torch.Tensor
-    encoder_hidden_states: torch.Tensor
-    prompts: tuple[str, ...]
+    latents: torch.Tensor  #: (n, 4, h, w), scaled
+    encoder_hidden_states: torch.Tensor  #: (n, T, D)
+    prompts: tuple[str, ...]  #: n
 
     def __post_init__(self) -> None:
         counts = len(self.latents), len(self.encoder_hidden_states), len(self.prompts)
@@ -410,14 +377,11 @@ def draw_pictures(
 
 
 def overwrite(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    """Writes ``values`` over the parameters of the same names, in place.
-
-    A caller's ``torch.autocast`` forgets its 16-bit copies, or it would go on with the old weights.
-    """
+    """Writes ``values`` over the parameters of the same names, in place."""
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
-    torch.clear_autocast_cache()
+    torch.clear_autocast_cache()  # or a caller's torch.autocast would go on with 16-bit copies of the old
 
 
 @contextmanager

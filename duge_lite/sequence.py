@@ -24,8 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .concepts import Concept, ModelCard
-from .config import UnlearnConfig
+from .concepts import Concept, ModelCard, UnlearnConfig
 from .evaluation import evaluate, sequence_metrics
 from .gradient import DUGE, Objective, UnlearnState
 from .models import from_main, is_main, overwrite, written

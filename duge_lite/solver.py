@@ -41,8 +41,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .attention import attention_maps, cross_attention_layers
-from .concepts import Concept, ModelCard, wishes
-from .config import UnlearnConfig
+from .concepts import Concept, ModelCard, UnlearnConfig, wishes
 from .errors import DivergedError
 from .losses import attention_target
 from .models import (

@@ -25,8 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import figures
-from .concepts import Concept, ModelCard, model_card
-from .config import UnlearnConfig
+from .concepts import Concept, ModelCard, UnlearnConfig, model_card
 from .gradient import (
     DUGE,
     Lessons,

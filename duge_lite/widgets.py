@@ -21,8 +21,7 @@ from PIL import Image
 
 from . import figures
 from .attention import AttentionTrace, trace
-from .concepts import ModelCard, model_card
-from .config import UnlearnConfig
+from .concepts import ModelCard, UnlearnConfig, model_card
 from .evaluation import Judge
 from .models import sample
 from .sequence import UnlearningSequence

@@ -19,21 +19,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from hypothesis import settings
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
 
 import duge_lite as duge
 from duge_lite.doodles import train
@@ -78,21 +69,16 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 def with_own_unet(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    parts = {**pipe.components, "unet": copy.deepcopy(pipe.unet)}
-    own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    own.set_progress_bar_config(disable=True)
+    own = copy.copy(pipe)
+    own.unet = copy.deepcopy(pipe.unet)
     return own
-
-
-def sampled_captions(count: int) -> list[str]:
-    rng = np.random.default_rng(0)
-    return [caption(sample_scene(rng), rng) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
 def captions_of_the_world() -> list[str]:
     """A few hundred captions, as training reads them."""
-    return sampled_captions(600)
+    rng = np.random.default_rng(0)
+    return [caption(sample_scene(rng), rng) for _ in range(600)]
 
 
 @pytest.fixture(scope="session")
@@ -104,50 +90,20 @@ def tokenizer(captions_of_the_world):
 @pytest.fixture(scope="session")
 def tiny_master(tokenizer) -> StableDiffusionPipeline:
     """The tiny pipeline itself: look, do not touch. For tests that change nothing."""
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=train.MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 32),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-        mid_block_add_attention=False,
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=DPMSolverMultistepScheduler.from_config(train.make_noise_scheduler().config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return fake_hub.pipeline(
+        tokenizer,
+        DPMSolverMultistepScheduler.from_config(train.make_noise_scheduler().config),
+        unet=dict(
+            sample_size=16, block_out_channels=(32, 32), down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=128, attention_head_dim=4,
+            norm_num_groups=8,
+        ),
+        vae=dict(block_out_channels=(8, 8, 8), mid_block_add_attention=False),
+        text=dict(
+            hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+            max_position_embeddings=train.MAX_TOKENS,
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -161,42 +117,28 @@ def family(kind: str, tokenizer) -> StableDiffusionPipeline | StableDiffusionXLP
 
     They read any word, so their card is that of Stable Diffusion.
     """
-    torch.manual_seed(0)
-    text, xl, tokenizer = 32, kind == "sdxl", copy.deepcopy(tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = 77
-    read = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=text, intermediate_size=text, num_hidden_layers=2,
-        num_attention_heads=2, projection_dim=text, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    blocks = [("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")]
+    blocks, wide = [("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")], 32
     added = {}
-    if xl:
-        blocks = [part[::-1] for part in blocks]
+    if kind == "sdxl":
+        blocks, wide = [part[::-1] for part in blocks], 2 * 32
         added = dict(addition_embed_type="text_time", addition_time_embed_dim=8)
-        added |= dict(projection_class_embeddings_input_dim=6 * 8 + text, use_linear_projection=True)
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), down_block_types=blocks[0], up_block_types=blocks[1],
-        layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
-        cross_attention_dim=2 * text if xl else text, **added,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=64,
-    )  # fmt: skip
+        added |= dict(projection_class_embeddings_input_dim=6 * 8 + 32, use_linear_projection=True)
     predicts = "v_prediction" if kind == "v" else "epsilon"
-    parts = dict(vae=vae, unet=unet.eval(), tokenizer=tokenizer, text_encoder=CLIPTextModel(read).eval())
-    parts["scheduler"] = DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type=predicts)
-    if xl:
-        second = CLIPTextModelWithProjection(read).eval()
-        pipe = StableDiffusionXLPipeline(
-            **parts, tokenizer_2=tokenizer, text_encoder_2=second, add_watermarker=False
-        )
-    else:
-        unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        pipe = StableDiffusionPipeline(**parts, **unchecked)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return fake_hub.pipeline(
+        tokenizer,
+        DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type=predicts),
+        unet=dict(
+            sample_size=8, block_out_channels=(16, 32), down_block_types=blocks[0], up_block_types=blocks[1],
+            norm_num_groups=8, attention_head_dim=2, cross_attention_dim=wide, **added,
+        ),
+        vae=dict(block_out_channels=(8,) * 4),
+        text=dict(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            projection_dim=32,
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -209,17 +151,7 @@ def tiny_memory(tiny_master) -> Pictures:
 
 @pytest.fixture(scope="session")
 def tiny_judge() -> duge.Judge:
-    """A judge with random weights: right about nothing, but always of the same opinion."""
-    torch.manual_seed(0)
-    config = ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8],
-        depths=[1, 1],
-        layer_type="basic",
-        id2label=dict(enumerate(train.LABELS)),
-        label2id={name: i for i, name in enumerate(train.LABELS)},
-    )
-    return duge.Judge(ResNetForImageClassification(config).eval(), train.image_processor())
+    return duge.Judge(fake_hub.judge(train.LABELS), train.image_processor())
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """Runs copies of the notebooks that do little: every cell, few pictures, few steps, hardly any learning.
 
 Numbers that are known by name are cut, wherever they stand; what is not known is run as it is, only slower.
-The `assert`s are off, as they claim what only a trained model, asked in full, does. (PYTHONOPTIMIZE=1 would
-switch them off as well, and compile all of torch anew.)
 """
 
 import os
@@ -17,46 +15,38 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 # At most so many, where a cell says `images=10` or `"images": 10`.
 IN_CELLS = {"images": 1, "copies": 1, "count": 8}
-# At most so many in every config, whoever made it.
-IN_CONFIGS = {"iterations": 2, "lessons": 4, "memory_size": 4, "target_size": 4}
-# Steps of a picture, at most: when somebody follows them, so that there is a first and a second half; else.
-FOLLOWED, STEPS = 8, 2
+# At most so many in every config, whoever made it; and steps of a picture, at most: when somebody follows
+# them, so that there is a first and a second half; else.
+SMALL = {
+    "IN_CONFIGS": {"iterations": 2, "lessons": 4, "memory_size": 4, "target_size": 4},
+    "FOLLOWED": 8,
+    "STEPS": 2,
+}
+FULL = {"IN_CONFIGS": {}, "FOLLOWED": 1000, "STEPS": 1000}
 
-WITHOUT_ASSERTS = """
-import ast
-
-class _WithoutAsserts(ast.NodeTransformer):
-    def visit_Assert(self, node):
-        return ast.copy_location(ast.Pass(), node)
-
-get_ipython().ast_transformers.append(_WithoutAsserts())
-"""
-COUNTED = """
+FIRST = """
 import functools, diffusers, duge_lite
 
-def _counted(call):
+def _told(call):
     @functools.wraps(call)
     def run(self, *args, num_inference_steps=50, **options):
+        _drew.add(duge_lite.model_card(self).name)
         most = FOLLOWED if options.get("callback_on_step_end") else STEPS
-        _drawn.append((duge_lite.model_card(self).name, num_inference_steps > most))
         return call(self, *args, num_inference_steps=min(num_inference_steps, most), **options)
     return run
 
 def _small(check):
     def run(self):
         for name, most in IN_CONFIGS.items():
-            if hasattr(self, name):
-                now = getattr(self, name)  # None: as many as there are
-                object.__setattr__(self, name, most if now is None else min(now, most))
+            now = getattr(self, name)  # None: as many as there are
+            object.__setattr__(self, name, most if now is None else min(now, most))
         check(self)
     return run
 
-_drawn = []
-diffusers.StableDiffusionPipeline.__call__ = _counted(diffusers.StableDiffusionPipeline.__call__)
-if hasattr(duge_lite, "UnlearnConfig"):
-    duge_lite.UnlearnConfig.__post_init__ = _small(duge_lite.UnlearnConfig.__post_init__)
+_drew = set()
+diffusers.StableDiffusionPipeline.__call__ = _told(diffusers.StableDiffusionPipeline.__call__)
+duge_lite.UnlearnConfig.__post_init__ = _small(duge_lite.UnlearnConfig.__post_init__)
 """
-LAST = "print(len(_drawn), 'calls,', sum(cut for _, cut in _drawn), 'cut short:', *{m for m, _ in _drawn})"
 
 
 def cut(source: str) -> str:
@@ -70,20 +60,17 @@ def cut(source: str) -> str:
 def run(number: str, small: bool = True, last: str = "", **environment: str) -> nbformat.NotebookNode:
     """Executes a copy of a notebook, in a kernel with these variables; cells keep their outputs.
 
-    At its end it prints how often it drew, and with what, and runs the source ``last``. ``metadata.error`` is
-    the name and the text of what stopped it, if anything did.
+    At its end it prints which models drew, and runs the source ``last``. ``metadata.error`` is the name and
+    the text of what stopped it, if anything did.
     """
     (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
     notebook = nbformat.read(path, as_version=4)
-    sizes = {"FOLLOWED": FOLLOWED, "STEPS": STEPS, "IN_CONFIGS": IN_CONFIGS}
-    if not small:
-        sizes = {"FOLLOWED": 1000, "STEPS": 1000, "IN_CONFIGS": {}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source, cell.outputs = cut(cell.source) if small else cell.source, []
-    numbers = "".join(f"{name} = {value}\n" for name, value in sizes.items())
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(WITHOUT_ASSERTS + numbers + COUNTED))
-    notebook.cells.append(nbformat.v4.new_code_cell(f"{LAST}\n{last}"))
+    sizes = "".join(f"{name} = {value}\n" for name, value in (SMALL if small else FULL).items())
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(sizes + FIRST))
+    notebook.cells.append(nbformat.v4.new_code_cell(f"print('drawn by', *_drew)\n{last}"))
     client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOKS)}})
     try:
         client.execute(env={**os.environ, **environment})

@@ -1,7 +1,6 @@
 """The same course on Stable Diffusion: real architecture, vocabulary and labels, from a hub on disk."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,10 @@ from duge_lite.widgets import erosion_timeline
 
 TINY = duge.UnlearnConfig(num_inference_steps=1, places=4, memory_size=3, instead="nameless")
 QUICK = {"images": 1, "num_inference_steps": 1}
+NO_ORACLE = (
+    "no oracle without 'apple' for stable-diffusion: only a world of one's own can be drawn anew, as that of "
+    'the doodles by `python -m duge_lite.doodles.train --without "apple"`'
+)
 
 
 @pytest.fixture
@@ -46,12 +49,6 @@ def test_no_oracle_for_it_and_none_of_the_doodles_in_its_place(pipe):
     assert str(caught.value) == NO_ORACLE
 
 
-NO_ORACLE = (
-    "no oracle without 'apple' for stable-diffusion: only a world of one's own can be drawn anew, as that of "
-    'the doodles by `python -m duge_lite.doodles.train --without "apple"`'
-)
-
-
 # What the judge cannot count
 
 
@@ -60,14 +57,11 @@ def test_what_has_no_label_is_left_out_by_default_and_named_when_asked_for(pipe)
     table = duge.evaluate(pipe, **QUICK)
     assert tuple(table.index) == card.judged and len(card.judged) == len(card.concepts) - 3
     for name in ("Eiffel Tower", "neon"):
-        for ask in (
-            lambda name: duge.evaluate(pipe, [name], **QUICK),
-            lambda name: attacks.plain(pipe, name),
-        ):
-            with pytest.raises(
-                ValueError, match=f"resnet-50 has no label for '{name}': it cannot be counted"
-            ):
-                ask(name)
+        told = f"resnet-50 has no label for '{name}': it cannot be counted"
+        with pytest.raises(ValueError, match=told):
+            duge.evaluate(pipe, [name], **QUICK)
+        with pytest.raises(ValueError, match=told):
+            attacks.plain(pipe, name)
 
 
 @pytest.mark.slow
@@ -87,29 +81,21 @@ def test_a_sequence_is_measured_by_what_can_be_counted(pipe):
 @pytest.mark.slow
 def test_a_style_is_forgotten_and_the_memory_has_every_style(pipe):
     card = duge.model_card(pipe)
-    assert {p.split(" of ")[0] for p in card.memory_prompts(40)} == {
-        "a photo", "a sketch", "a neon sign", "a mosaic", "a watercolor painting"
-    }  # fmt: skip
-
-    def drawn():
-        prompt = card.prompt("harp", "neon")
-        return duge.sample(pipe, prompt, num_inference_steps=2, output_type="latent")
-
-    before = drawn()
+    assert {p.split(" of ")[0] for p in card.memory_prompts(40)} == set(card.nameless("harp"))
+    asked = pipe, card.prompt("harp", "neon")
+    how = {"num_inference_steps": 2, "output_type": "latent"}
+    before = duge.sample(*asked, **how)
     run = duge.unlearn(pipe, "neon", TINY, progress=False)
-    assert not torch.equal(drawn(), before)
+    assert not torch.equal(duge.sample(*asked, **how), before)
     run.restore()
-    assert torch.equal(drawn(), before)
+    assert torch.equal(duge.sample(*asked, **how), before)
 
 
 @pytest.mark.slow
 def test_the_baselines_run(pipe):
     sizes = {"iterations": 2, "batch_size": 2, "memory_batch_size": 2, "target_size": 2, "lessons": 4}
-    for objective, config in (
-        baselines.esd(),
-        baselines.concept_ablation("fruit"),
-        baselines.gradient_ascent(),
-    ):
+    methods = baselines.esd(), baselines.concept_ablation("fruit"), baselines.gradient_ascent()
+    for objective, config in methods:
         run = duge.unlearn(pipe, "apple", replace(config, **sizes), progress=False, objective=objective)
         assert run.history.notna().loss.all()
         run.restore()
@@ -126,15 +112,11 @@ def test_the_name_in_a_prompt_is_found_whatever_its_article(pipe):
 # The notebooks
 
 
-def run(number: str, hub: Path, small: bool = True):
-    return shrunk.run(number, small, DUGE_MODEL=DEFAULT_REAL_MODEL, HF_HOME=str(hub))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", pytest.param("full", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("number", ["00", "01", "02", "03", "04", "05", "07"])
 def test_a_notebook_runs_to_its_end(number, size, hub):
-    notebook = run(number, hub, size == "small")
+    notebook = shrunk.run(number, size == "small", DUGE_MODEL=DEFAULT_REAL_MODEL, HF_HOME=str(hub))
     assert "error" not in notebook.metadata, notebook.metadata.error
     printed = shrunk.printed(notebook)
     assert "stable-diffusion" in printed.splitlines()[-1], "it drew with another model"
@@ -152,4 +134,5 @@ def test_the_notebook_of_real_models_runs_to_its_end_on_a_folder_08(hub):
 
 @pytest.mark.slow
 def test_the_notebook_of_the_oracle_says_why_it_stops(hub):
-    assert run("06", hub).metadata.error == ("ModelNotFoundError", NO_ORACLE)
+    notebook = shrunk.run("06", DUGE_MODEL=DEFAULT_REAL_MODEL, HF_HOME=str(hub))
+    assert notebook.metadata.error == ("ModelNotFoundError", NO_ORACLE)

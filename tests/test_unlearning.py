@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import duge_lite as duge
 from duge_lite import baselines, gradient, solver
-from duge_lite.config import UnlearnConfig
+from duge_lite.concepts import UnlearnConfig
 from duge_lite.errors import DivergedError
 from duge_lite.gradient import DUGE
 from duge_lite.models import draw_pictures
