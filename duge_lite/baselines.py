@@ -61,7 +61,7 @@ def concept_ablation(anchor: str, lambda_prior: float = 0.0) -> tuple[Objective,
     def target(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
         return other
 
-    how = {"of_instead": True, "moving": True, "trains": (".attn2.to_k", ".attn2.to_v")}
+    how = {"moving": True, "trains": (".attn2.to_k", ".attn2.to_v")}
     objective = Objective("concept ablation", target, _error, **how)
     config = UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256)
     return objective, replace(config, lambda_prior=lambda_prior, instead=anchor)
