@@ -7,6 +7,7 @@
 """
 
 import importlib
+import sys
 
 from transformers.utils import logging as _logging
 
@@ -17,16 +18,22 @@ import diffusers as _diffusers  # noqa: E402
 _diffusers.StableDiffusionPipeline  # noqa: B018 (imported lazily: touch it while it is quiet)
 _logging.set_verbosity(_verbosity)
 
-from . import checks, doodles, errors, losses  # noqa: E402
+from . import checks, doodles, errors, losses, unlearning  # noqa: E402
 from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
 from .concepts import Concept, ModelCard, model_card  # noqa: E402
 from .config import UnlearnConfig  # noqa: E402
 from .evaluation import ClipJudge, Judge, evaluate  # noqa: E402
 from .models import data_dir, is_main, load_oracle, load_pipeline, results_dir, sample  # noqa: E402
-from .sequence import UnlearningSequence, unlearn_sequence  # noqa: E402
-from .unlearning import UnlearningRun, unlearn, unlearn_steps  # noqa: E402
+from .unlearning import (  # noqa: E402
+    UnlearningRun,
+    UnlearningSequence,
+    unlearn,
+    unlearn_sequence,
+    unlearn_steps,
+)
 from .viewer import compare  # noqa: E402
 
+sys.modules[f"{__name__}.sequence"] = unlearning  # sequences had a module of their own until 0.2
 __version__ = "0.2.0"
 __all__ = [
     "AttentionTrace", "ClipJudge", "Concept", "Judge", "ModelCard", "UnlearnConfig", "UnlearningRun",

@@ -53,6 +53,10 @@ class Objective:
     moving: bool = False
     trains: tuple[str, ...] = (".attn2.",)
 
+    def trained(self, unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """The weights that learn, by name."""
+        return {n: p for n, p in unet.named_parameters() if any(part in n for part in self.trains)}
+
 
 def _away(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
     pairs = zip(concept, other, strict=True)
@@ -217,11 +221,6 @@ def training(unet: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]) -
             p.requires_grad_(flag)
 
 
-def trainable_parameters(unet: torch.nn.Module, objective: Objective) -> dict[str, torch.nn.Parameter]:
-    """The tensors that ``objective`` lets learn, by name."""
-    return {n: p for n, p in unet.named_parameters() if any(part in n for part in objective.trains)}
-
-
 def reads_one_text(unet: torch.nn.Module) -> None:
     """Raises ValueError for Stable Diffusion XL, whose denoiser reads more than noise, moment and text."""
     if unet.config.addition_embed_type is not None:
@@ -284,7 +283,7 @@ def gradient_steps(
     generator = torch.Generator().manual_seed(config.seed)
     unet, device, stored = pipe.unet, pipe.unet.device, pipe.unet.dtype
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    trained = trainable_parameters(unet, objective)
+    trained = objective.trained(unet)
     start = {name: p.detach().cpu().clone() for name, p in trained.items()}
     first = {name: base[name] for name in trained}
     anchor = {name: value.to(device, torch.float16) for name, value in first.items()}

@@ -174,7 +174,7 @@ class PictureBook:
     @classmethod
     def of(
         cls, pipe: DiffusionPipeline, card: ModelCard, config: UnlearnConfig,
-        memory: Sequence[str] | None = None, directory: Path | None = None,
+        memory: Sequence[str] | None = None, directory: str | Path | None = None,
     ) -> tuple[PictureBook, tuple[Concept, ...]]:  # fmt: skip
         """The book of ``pipe``, and what is gone: the one that knows its weights, or a new one.
 
@@ -188,7 +188,7 @@ class PictureBook:
             new = cls(pipe, card, config, memory)
         new.gone_at |= old.gone_at if old else {}
         if directory is not None:
-            new._read(directory / BOOK)
+            new._read(Path(directory) / BOOK)
         _BOOKS[pipe.unet] = new
         return new, gone
 
@@ -351,9 +351,9 @@ class PictureBook:
                 }
         return weights, pd.DataFrame(rows).T.rename_axis("layer")
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: str | Path) -> None:
         """Keeps the hidden states on disk; the main process writes. Raises OSError when the disk is full."""
-        from_main(lambda: self._write(directory / BOOK))
+        from_main(lambda: self._write(Path(directory) / BOOK))
 
     def _write(self, path: Path) -> None:
         if self._on_disk == (path, len(self.seen)):

@@ -25,8 +25,7 @@ from .concepts import ModelCard, model_card
 from .config import UnlearnConfig
 from .evaluation import Judge
 from .models import sample
-from .sequence import UnlearningSequence
-from .unlearning import UnlearningRun, unlearn
+from .unlearning import UnlearningRun, UnlearningSequence, unlearn
 from .viewer import Slides, image_html
 
 

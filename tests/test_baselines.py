@@ -42,7 +42,7 @@ def test_none_gets_our_losses_and_its_own_falls(tiny_pipe, method):
     small = dict(iterations=15, batch_size=4, memory_batch_size=1, target_size=5, lessons=8, lr=1e-3)
     before = weights(tiny_pipe)
     config = replace(config, **small)
-    run = duge.unlearn(tiny_pipe, "apple", config, MEMORY, None, False, objective, quick_card(tiny_pipe))
+    run = duge.unlearn(tiny_pipe, "apple", config, MEMORY, False, objective, quick_card(tiny_pipe))
     assert run.objective == objective.name and set(run.before) == changed(tiny_pipe, before)
     assert run.history.forget.iloc[-5:].mean() < run.history.forget.iloc[:3].mean()
     if objective.moving:
