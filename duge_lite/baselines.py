@@ -95,8 +95,8 @@ def uce(
     Gandikota et al., arXiv 2308.14761, eq. 7; several concepts are one solve, as in the paper. As in its
     code, names stand alone, and the state is that of their last token (of the empty prompt the one before
     its end). ``styled=True`` (ours) takes all tokens of the concept's prompts in every style, and for the
-    anchor the empty prompt's or those of the anchor in the same style; a style becomes the plain one. Returns
-    a run (``restore()`` works). Raises UnknownConceptError for unknown names.
+    anchor the empty prompt's or those of the anchor in the same style; a style becomes the plain one. Raises
+    UnknownConceptError for unknown names.
     """
     started = time.perf_counter()
     if not 0 <= ridge < math.inf:

@@ -21,6 +21,7 @@ from .config import UnlearnConfig
 from .errors import DivergedError, OutOfMemoryError
 from .losses import attention_target, cross_attention_loss, prior_preservation_loss, regularization_loss
 from .models import Pictures, draw_pictures, encode_prompts, overwrite, sample, swapped
+from .solver import copied
 
 Answer = tuple[Tensor, ...]
 """What an objective compares, of one pass over a batch: the predicted noise (B, 4, h, w) alone, or, of DUGE,
@@ -235,8 +236,7 @@ def reads_one_text(unet: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class UnlearnState:
-    """After iteration ``step`` (from 1): ``loss``, and what it is the weighted sum of (``forget`` is the
-    objective's own loss)."""
+    """After iteration ``step`` (from 1); ``forget`` is the objective's own loss, ``loss`` the total."""
 
     step: int
     iterations: int
@@ -269,23 +269,18 @@ def gradient_steps(
     pipe: StableDiffusionPipeline, asks: Sequence[tuple[str, str]], memory: Pictures | None,
     config: UnlearnConfig, card: ModelCard, base: Mapping[str, Tensor], objective: Objective,
 ) -> Iterator[UnlearnState]:  # fmt: skip
-    """Forgets in place, yielding a state after each iteration. Stopping early keeps what was learned so far.
+    """What :func:`~duge_lite.unlearning.unlearn_steps` says; others may touch weights only between states.
 
     Args:
         asks: for every picture of what goes its prompt and what is asked instead.
         memory: pictures of what is to stay; None for a method that looks at none.
         base: the weights of the reference, by name: of the model before anything went.
-
-    Between two states the pipeline can be used, and only then may somebody else change its weights. Raises
-    DivergedError when a loss is no longer finite, OutOfMemoryError when the device's memory is too small;
-    after both the weights are as they were.
     """
     generator = torch.Generator().manual_seed(config.seed)
     unet, device, stored = pipe.unet, pipe.unet.device, pipe.unet.dtype
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     trained = objective.trained(unet)
-    start = {name: p.detach().cpu().clone() for name, p in trained.items()}
-    first = {name: base[name] for name in trained}
+    first, start = {name: base[name] for name in trained}, copied(trained)
     anchor = {name: value.to(device, torch.float16) for name, value in first.items()}
     asked = torch.is_autocast_enabled(device.type)  # by the caller
     precision = torch.get_autocast_dtype(device.type) if asked else stored
@@ -300,11 +295,11 @@ def gradient_steps(
     try:
         with swapped(trained, first):  # those whose answers count draw the pictures, too
             if objective.half_drawn is not None:
-                drawn = (config.lessons, seed, generator, card, objective.half_drawn)
-                target = Lessons.half_drawn(pipe, shown, *drawn)
+                how = (config.lessons, seed, generator, card, objective.half_drawn)
+                target = Lessons.half_drawn(pipe, shown, *how)
             else:
-                pictures = draw_pictures(pipe, shown, seed, card)
-                target = Lessons.of(pictures, config.lessons, scheduler, generator)
+                drawn = draw_pictures(pipe, shown, seed, card)
+                target = Lessons.of(drawn, config.lessons, scheduler, generator)
             texts, instead = (encode_prompts(pipe, part)[target.index] for part in (prompts, others))
             target = replace(target, encoder_hidden_states=texts)
             kept = memory and Lessons.of(memory, config.lessons, scheduler, generator)
@@ -333,9 +328,8 @@ def gradient_steps(
                 scaler.update()
                 if step == config.iterations:  # no later loss would show what the last step did
                     with torch.no_grad(), watching(unet, objective, target.noisy) as record, mixed:
-                        _check_finite(
-                            batch_losses(unet, forget, keep, objective, record, config), step, config
-                        )
+                        last = batch_losses(unet, forget, keep, objective, record, config)
+                    _check_finite(last, step, config)
                 with rounded(trained, stored):  # previews can be drawn
                     yield UnlearnState(step, config.iterations, *(float(v.detach()) for v in (loss, *losses)))
     except (DivergedError, torch.OutOfMemoryError) as error:

@@ -307,20 +307,17 @@ def _steps(
     earlier = gone[: len(gone) - len(concepts)]
     old = round(config.revisit * config.target_size) if earlier else 0
     if (own := config.target_size - old) < len(concepts):
-        raise ValueError(
-            f"target_size = {config.target_size}, of which {old} show earlier requests (revisit): expected "
-            f"at least a picture for each of {len(concepts)} concepts"
-        )
+        size = f"target_size = {config.target_size}, of which {old} show earlier requests (revisit)"
+        raise ValueError(f"{size}: expected at least a picture for each of {len(concepts)} concepts")
     asks = []
     for some, count in ((concepts, own), (earlier, old)):  # as many of each concept, whose prompts take turns
         for i, concept in enumerate(some):
             pictures = len(range(i, count, len(some)))
             asks += [(prompt, ends[prompt]) for prompt in islice(cycle(concept.prompts), pictures)]
-    memory = None
-    if objective is DUGE or config.weights[1]:  # DUGE tells the prior loss even where it does not count
-        memory = book.pictures(pipe, keep[: config.memory_size or 48])
-    seed = zlib.crc32(f"{config.seed} {concepts[0].name}".encode())  # of the request
-    config = replace(config, seed=seed % 1_000_000)
+    looks = objective is DUGE or config.weights[1]  # DUGE tells the prior loss even where it does not count
+    memory = book.pictures(pipe, keep[: config.memory_size or 48]) if looks else None
+    seed = zlib.crc32(f"{config.seed} {concepts[0].name}".encode()) % 1_000_000  # of the request
+    config = replace(config, seed=seed)
     yield from gradient_steps(pipe, asks, memory, config, book.card, book.reference, objective)
 
 
@@ -336,8 +333,7 @@ def _learn(
                 bar.set_postfix(forget=f"{state.forget:.3f}", prior=f"{state.prior:.4f}")
         except KeyboardInterrupt:
             if not bar.disable:
-                done = f"stopped after {len(rows)} of {config.iterations} iterations"
-                bar.write(f"{done}; what was learned is kept")
+                bar.write(f"stopped after iteration {len(rows)}; what was learned is kept")
     columns = [f.name for f in fields(UnlearnState)]
     return pd.DataFrame(rows, columns=columns).set_index("step").drop(columns="iterations")
 
@@ -352,7 +348,7 @@ class UnlearningSequence:
     Attributes:
         states: the cross-attention weights at every step, by name.
         directory: where runs are saved; None for nowhere.
-        how: what else :func:`unlearn` is told.
+        how: what :func:`unlearn` is told.
         runs: one per request.
     """
 
@@ -374,7 +370,7 @@ class UnlearningSequence:
 
     @property
     def history(self) -> pd.DataFrame:
-        """The histories of all requests, one below the other; requests count from 1."""
+        """The histories of all requests, one below the other."""
         parts = {k: run.history for k, run in enumerate(self.runs, 1)}
         return pd.concat(parts, names=["request"]) if parts else pd.DataFrame()
 
@@ -442,8 +438,7 @@ class UnlearningSequence:
                     f"{step} forgets {run.concepts!r}, not {concept!r}: choose another directory"
                 )
         else:
-            how = {"card": self.card, "directory": self.directory} | self.how
-            run = unlearn(self.pipe, concept, self.config, **how)
+            run = unlearn(self.pipe, concept, self.config, **self.how)
             if self.config.solver == "gradient" and len(run.history) < self.config.iterations:
                 run.restore()
                 raise KeyboardInterrupt(f"stopped in request {k} ({concept.name}), which is taken back")
@@ -508,8 +503,6 @@ def sequence_steps(
 ) -> Iterator[UnlearningSequence]:  # fmt: skip
     """Forgets ``concepts`` in order, in place, yielding the sequence so far after each request.
 
-    The exact solver solves for all requests so far together: the second costs what the twelfth does.
-
     With ``directory``, each request is saved before the next begins (``step_01_apple/`` and so on), and a
     sequence that was interrupted goes on after the last finished one, to the same weights. It begins with a
     model that has forgotten nothing else. Several processes (see :mod:`duge_lite.models`) need a directory
@@ -522,7 +515,7 @@ def sequence_steps(
     """
     card, config, wanted = resolve(pipe, concepts, card, config)
     folder = None if directory is None else Path(directory)
-    how = {"objective": objective, "progress": progress, "memory": memory}
+    how = {"objective": objective, "progress": progress, "memory": memory, "card": card, "directory": folder}
     book, gone = PictureBook.of(pipe, card, config, memory, folder)
     weights = cross_attention_weights(pipe.unet)
     base = copied(weights) if gone and folder is None else book.reference
@@ -530,12 +523,11 @@ def sequence_steps(
     with sequence.alone():
         if folder is not None:
             about = {"objective": objective.name, "card": card.name, "memory": memory and list(memory)}
-            _check(folder / "sequence.json", about | {"config": asdict(config), "model": book.base})
-            if strange := {c.name for c in gone} - {c.name for c in wanted}:
-                raise ValueError(
-                    f"the pipeline has forgotten {', '.join(sorted(strange))} already, which {folder} would "
-                    "not know: restore() that first, or ask for all of it in one sequence"
-                )
+            about |= {"config": asdict(config), "model": book.base}
+            from_main(lambda: _check(folder / "sequence.json", about))
+            if strange := sorted({c.name for c in gone} - {c.name for c in wanted}):
+                what = f"the pipeline has forgotten {', '.join(strange)} already, unknown to {folder}"
+                raise ValueError(f"{what}: restore() that first, or ask for all of it in one sequence")
             overwrite(weights, base)
         for concept in wanted:
             sequence.request(concept)
@@ -553,17 +545,13 @@ def unlearn_sequence(
 
 def _check(file: Path, about: Mapping[str, object]) -> None:
     """Writes down what a directory is about, or raises ValueError when it is about something else."""
-
-    def stored() -> dict[str, object]:
-        if not file.exists():
-            with written(file) as draft:
-                draft.write_text(json.dumps(about, indent=1))
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file.parent} is damaged ({error}): choose another directory") from None
-
-    known = from_main(stored)
+    if not file.exists():
+        with written(file) as draft:
+            draft.write_text(json.dumps(about, indent=1))
+    try:
+        known = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file.parent} is damaged ({error}): choose another directory") from None
     was = known.get("config", {})
     other = [key for key in about if key != "config" and about[key] != known.get(key)]
     other += [f"{k} ({was.get(k)!r}, now {v!r})" for k, v in about["config"].items() if was.get(k) != v]
