@@ -17,13 +17,18 @@ import diffusers as _diffusers  # noqa: E402
 _diffusers.StableDiffusionPipeline  # noqa: B018 (imported lazily: touch it while it is quiet)
 _logging.set_verbosity(_verbosity)
 
-from . import checks, doodles, errors, losses  # noqa: E402
+from . import checks, doodles, errors, losses, unlearning  # noqa: E402
 from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
 from .concepts import Concept, ModelCard, UnlearnConfig, model_card  # noqa: E402
 from .evaluation import ClipJudge, Judge, evaluate  # noqa: E402
 from .models import data_dir, is_main, load_oracle, load_pipeline, results_dir, sample  # noqa: E402
-from .sequence import UnlearningSequence, unlearn_sequence  # noqa: E402
-from .unlearning import UnlearningRun, unlearn, unlearn_steps  # noqa: E402
+from .unlearning import (  # noqa: E402
+    UnlearningRun,
+    UnlearningSequence,
+    unlearn,
+    unlearn_sequence,
+    unlearn_steps,
+)
 from .viewer import compare  # noqa: E402
 
 __version__ = "0.2.0"

@@ -22,11 +22,13 @@ from .concepts import Concept, ModelCard, UnlearnConfig
 from .gradient import Answer, Objective
 from .losses import prior_preservation_loss
 from .models import encode_prompts, overwrite
-from .solver import PictureBook, cross_attention_weights
+from .solver import PictureBook, copied, cross_attention_weights
 from .unlearning import UnlearningRun, resolve
 
-PLAIN = {"solver": "gradient", "lambda_attention": 1.0, "lambda_prior": 0.0, "lambda_regularization": 0.0}
-PLAIN |= {"revisit": 0.0, "instead": "nameless"}
+PLAIN = UnlearnConfig(
+    solver="gradient", lambda_attention=1.0, lambda_prior=0.0, lambda_regularization=0.0, revisit=0.0,
+    instead="nameless", iterations=150, target_size=32, lessons=256,
+)  # fmt: skip
 
 
 def _error(predicted: Answer, wanted: Answer) -> Tensor:
@@ -45,8 +47,7 @@ def esd(negative_guidance: float = 1.0) -> tuple[Objective, UnlearnConfig]:
     def target(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
         return (other[0] - negative_guidance * (concept[0] - other[0]),)
 
-    objective = Objective("ESD-x", target, _error, half_drawn=3.0, empty=True)
-    return objective, UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256)
+    return Objective("ESD-x", target, _error, half_drawn=3.0, empty=True), PLAIN
 
 
 def concept_ablation(anchor: str, lambda_prior: float = 0.0) -> tuple[Objective, UnlearnConfig]:
@@ -57,13 +58,9 @@ def concept_ablation(anchor: str, lambda_prior: float = 0.0) -> tuple[Objective,
     values learn.
     """
 
-    def target(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
-        return other
-
-    how = {"of_instead": True, "moving": True, "trains": (".attn2.to_k", ".attn2.to_v")}
-    objective = Objective("concept ablation", target, _error, **how)
-    config = UnlearnConfig(**PLAIN, iterations=150, target_size=32, lessons=256)
-    return objective, replace(config, lambda_prior=lambda_prior, instead=anchor)
+    how = {"moving": True, "trains": (".attn2.to_k", ".attn2.to_v")}
+    objective = Objective("concept ablation", lambda concept, other, noise, config: other, _error, **how)
+    return objective, replace(PLAIN, lambda_prior=lambda_prior, instead=anchor)
 
 
 def gradient_ascent() -> tuple[Objective, UnlearnConfig]:
@@ -73,7 +70,7 @@ def gradient_ascent() -> tuple[Objective, UnlearnConfig]:
         lambda concept, other, noise, config: (noise,),
         lambda predicted, wanted: -_error(predicted, wanted),
     )
-    return objective, UnlearnConfig(**PLAIN, iterations=75, target_size=32, lessons=128, lr=1e-4)
+    return objective, replace(PLAIN, iterations=75, lessons=128, lr=1e-4)
 
 
 @torch.no_grad()
@@ -97,8 +94,8 @@ def uce(
     Gandikota et al., arXiv 2308.14761, eq. 7; several concepts are one solve, as in the paper. As in its
     code, names stand alone, and the state is that of their last token (of the empty prompt the one before
     its end). ``styled=True`` (ours) takes all tokens of the concept's prompts in every style, and for the
-    anchor the empty prompt's or those of the anchor in the same style; a style becomes the plain one. Returns
-    a run (``restore()`` works). Raises UnknownConceptError for unknown names.
+    anchor the empty prompt's or those of the anchor in the same style; a style becomes the plain one. Raises
+    UnknownConceptError for unknown names.
     """
     started = time.perf_counter()
     if not 0 <= ridge < math.inf:
@@ -111,10 +108,9 @@ def uce(
         plain = card.prompts(anchor) if anchor else [""] * len(card.styles)
         others = [p for c in goes for p in c.instead or (plain * len(c.prompts))[: len(c.prompts)]]
         kept = [p for name in names for p in card.prompts(card.check(name)) if p not in asked]
-        c, a, p = (encode_prompts(pipe, texts).double().flatten(0, 1) for texts in (asked, others, kept))
     else:
-        texts = [c.name for c in goes], [anchor] * len(goes), names
-        c, a, p = (_last_tokens(pipe, part) for part in texts)
+        asked, others, kept = [c.name for c in goes], [anchor] * len(goes), names
+    c, a, p = (_states(pipe, texts, last=not styled) for texts in (asked, others, kept))  # (n, D) each
     eye = torch.eye(c.shape[1], dtype=torch.float64)
     right = c.T @ c + p.T @ p + ridge * eye  # (D, D)
     left = a.T @ c + p.T @ p + ridge * eye
@@ -122,17 +118,19 @@ def uce(
     book = PictureBook.known(pipe) or PictureBook.of(pipe, card, config)[0]
     gone, weights = book.gone(pipe), cross_attention_weights(pipe.unet)
     weights = {n: w for n, w in weights.items() if n.endswith((".to_k.weight", ".to_v.weight"))}
-    before = {n: w.detach().cpu().clone() for n, w in weights.items()}
+    before = copied(weights)
     overwrite(weights, {n: w.double().cpu() @ change for n, w in weights.items()})
     book.remember(pipe, (*gone, *goes))
     history, seconds = pd.DataFrame().rename_axis("layer"), time.perf_counter() - started
     return UnlearningRun(pipe, goes, config, history, seconds, before, book.reference, "UCE")
 
 
-def _last_tokens(pipe: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
-    """Of each text the state of its last token, (n, D)."""
+def _states(pipe: StableDiffusionPipeline, texts: Sequence[str], last: bool) -> Tensor:
+    """(n, D), of all tokens or of each text's last one; 64 bits."""
     if not texts:
-        return torch.zeros(0, pipe.text_encoder.config.hidden_size, dtype=torch.float64)
+        return torch.zeros(0, pipe.unet.config.cross_attention_dim, dtype=torch.float64)
     states = encode_prompts(pipe, texts).double()  # (n, T, D)
+    if not last:
+        return states.flatten(0, 1)
     lengths = pipe.tokenizer(list(texts), truncation=True).attention_mask
     return torch.stack([s[sum(mask) - 2] for s, mask in zip(states, lengths, strict=True)])

@@ -20,6 +20,7 @@ from .concepts import ModelCard, UnlearnConfig
 from .errors import DivergedError, OutOfMemoryError
 from .losses import attention_target, cross_attention_loss, prior_preservation_loss, regularization_loss
 from .models import Pictures, draw_pictures, encode_prompts, overwrite, sample, swapped
+from .solver import copied
 
 Answer = tuple[Tensor, ...]
 """What an objective compares, of one pass over a batch: the predicted noise (B, 4, h, w) alone, or, of DUGE,
@@ -38,8 +39,8 @@ class Objective:
         of_layers: the answer is what the layers wrote.
         half_drawn: noisy pictures are caught half-drawn, with this guidance; None: drawn, then noised.
         empty: what is asked instead is always the empty prompt.
-        of_instead: the pictures show what is asked instead, not the concept.
-        moving: the target is what the learning model itself says by now, and not the frozen reference.
+        moving: pictures show what is asked instead, and the target is what the learning model itself says of
+            them by now, and not the frozen reference.
         trains: the weights that learn have one of these in their names.
     """
 
@@ -49,9 +50,12 @@ class Objective:
     of_layers: bool = False
     half_drawn: float | None = None
     empty: bool = False
-    of_instead: bool = False
     moving: bool = False
     trains: tuple[str, ...] = (".attn2.",)
+
+    def trained(self, unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """The weights that learn, by name."""
+        return {n: p for n, p in unet.named_parameters() if any(part in n for part in self.trains)}
 
 
 def _away(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
@@ -76,9 +80,9 @@ class Lessons:
         timesteps: (n,).
         encoder_hidden_states: (n, T, D).
         wanted: tensors (n, ...). At first what a perfect model would answer: the noise, or the velocity in
-            models that predict that; zero where it is not known.
+            models that predict that; zero where it is not known. Where the target moves: the text that the
+            learning model is asked for it.
         index: which picture each one was, (n,).
-        other: what is asked instead, (n, T, D), where the target moves.
     """
 
     noisy: Tensor
@@ -86,7 +90,6 @@ class Lessons:
     encoder_hidden_states: Tensor
     wanted: Answer
     index: Tensor | None = None
-    other: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,12 +122,8 @@ class Lessons:
             latents = args[0] if args else kwargs["sample"]  # (2 B, 4, h, w): both halves are the same
             met.append(latents.chunk(2)[0].float().cpu())
 
-        hook = pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            how = {"guidance_scale": guidance_scale, "output_type": "latent", "card": card}
-            sample(pipe, prompts, seed, card.sampling_steps, **how)
-        finally:
-            hook.remove()
+        with pipe.unet.register_forward_pre_hook(look, with_kwargs=True):
+            sample(pipe, prompts, seed, card.sampling_steps, guidance_scale, output_type="latent", card=card)
         times = pipe.scheduler.timesteps.long().cpu()
         batches = (torch.stack(met[i : i + len(times)], 1) for i in range(0, len(met), len(times)))
         index = torch.arange(count) % len(prompts)
@@ -137,8 +136,7 @@ class Lessons:
         """``size`` random lessons on ``device``."""
         index = torch.randint(len(self.noisy), (size,), generator=generator)
         parts = [x[index].to(device) for x in (*self.inputs, *self.wanted)]
-        other = None if self.other is None else self.other[index].to(device)
-        return Lessons(*parts[:3], tuple(parts[3:]), other=other)
+        return Lessons(*parts[:3], tuple(parts[3:]))
 
 
 def watching(
@@ -161,7 +159,7 @@ def ask_about_concept(
 ) -> Lessons:
     """The reference's answers about the concept; ``other`` (n, T, D) is the text that it is asked instead."""
     if objective.moving:
-        return replace(asked, wanted=(), other=other)
+        return replace(asked, wanted=(other,))
     answers: Answer = ()
     for i in range(0, len(asked.noisy), config.batch_size):  # as many at once as in training
         part = slice(i, i + config.batch_size)
@@ -173,8 +171,8 @@ def ask_about_concept(
         concept, instead = (answered(frozen, record, s) for s in (slice(half), slice(half, None)))
         targets = objective.target(concept, instead, asked.wanted[0][part].to(unet.device), config)
         if not answers:  # filled in place, in the model's precision: together they are large
-            shapes = [(len(asked.noisy), *target.shape[1:]) for target in targets]
-            answers = tuple(torch.empty(shape, dtype=frozen.dtype) for shape in shapes)
+            count = len(asked.noisy)
+            answers = tuple(torch.empty(count, *t.shape[1:], dtype=frozen.dtype) for t in targets)
         for answer, target in zip(answers, targets, strict=True):
             answer[part] = target
     return replace(asked, wanted=answers)
@@ -223,13 +221,6 @@ def training(unet: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]) -
             p.requires_grad_(flag)
 
 
-def trainable_parameters(unet: torch.nn.Module, objective: Objective) -> dict[str, torch.nn.Parameter]:
-    """The tensors that ``objective`` lets learn, by name. Raises ValueError for Stable Diffusion XL."""
-    reads_one_text(unet)
-    trains = objective.trains
-    return {n: p for n, p in unet.named_parameters() if any(part in n for part in trains)}
-
-
 def reads_one_text(unet: torch.nn.Module) -> None:
     """Raises ValueError for Stable Diffusion XL, whose denoiser reads more than noise, moment and text."""
     if unet.config.addition_embed_type is not None:
@@ -244,10 +235,7 @@ def reads_one_text(unet: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class UnlearnState:
-    """Where the loop is after iteration ``step`` (counted from 1); losses are unweighted.
-
-    ``forget`` is the objective's own loss (DUGE's cross-attention loss).
-    """
+    """After iteration ``step`` (from 1); ``forget`` is the objective's own loss, ``loss`` the total."""
 
     step: int
     iterations: int
@@ -258,18 +246,14 @@ class UnlearnState:
 
 
 def batch_losses(
-    unet: torch.nn.Module,
-    forget: Lessons,
-    keep: Lessons | None,
-    objective: Objective,
-    record: AttentionRecorder | None,
-    config: UnlearnConfig,
-) -> tuple[Tensor, Tensor]:
+    unet: torch.nn.Module, forget: Lessons, keep: Lessons | None, objective: Objective,
+    record: AttentionRecorder | None, config: UnlearnConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The objective's loss and the prior-preservation loss (0 without memory), from one pass over both."""
     wanted = forget.wanted
     if objective.moving:
         with torch.no_grad():
-            now = (unet(forget.noisy, forget.timesteps, forget.other).sample,)
+            now = (unet(forget.noisy, forget.timesteps, *wanted).sample,)
         wanted = objective.target(now, now, now[0], config)
     both = zip(*(part.inputs for part in (forget, keep) if part), strict=True)
     noise_pred = unet(*map(torch.cat, both)).sample  # (b + m, 4, h, w)
@@ -281,58 +265,47 @@ def batch_losses(
 
 
 def gradient_steps(
-    pipe: StableDiffusionPipeline,
-    asks: Sequence[tuple[str, str]],
-    memory: Pictures | None,
-    config: UnlearnConfig,
-    card: ModelCard,
-    base: Mapping[str, Tensor],
-    objective: Objective = DUGE,
-) -> Iterator[UnlearnState]:
-    """Forgets in place, yielding a state after each iteration. Stopping early keeps what was learned so far.
+    pipe: StableDiffusionPipeline, asks: Sequence[tuple[str, str]], memory: Pictures | None,
+    config: UnlearnConfig, card: ModelCard, base: Mapping[str, Tensor], objective: Objective,
+) -> Iterator[UnlearnState]:  # fmt: skip
+    """What :func:`~duge_lite.unlearning.unlearn_steps` says; others may touch weights only between states.
 
     Args:
         asks: for every picture of what goes its prompt and what is asked instead.
         memory: pictures of what is to stay; None for a method that looks at none.
         base: the weights of the reference, by name: of the model before anything went.
-
-    Between two states the pipeline can be used, and only then may somebody else change its weights. Raises
-    DivergedError when a loss is no longer finite, OutOfMemoryError when the device's memory is too small;
-    after both the weights are as they were.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    unet, device = pipe.unet, pipe.unet.device
+    unet, device, stored = pipe.unet, pipe.unet.device, pipe.unet.dtype
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    trained = trainable_parameters(unet, objective)
-    first = {name: base[name] for name in trained}
-    prompts, others = zip(*asks, strict=True)
-    others = [""] * len(others) if objective.empty else others
-    shown = others if objective.of_instead else prompts
-    seed = 1_000_000 * (config.seed + 1)  # far from those of evaluation and of other runs
-    with swapped(trained, first):  # pictures are drawn by whose answers count
-        if objective.half_drawn is not None:
-            drawn = (config.lessons, seed, generator, card, objective.half_drawn)
-            target = Lessons.half_drawn(pipe, shown, *drawn)
-        else:
-            pictures = draw_pictures(pipe, shown, seed, card)
-            target = Lessons.of(pictures, config.lessons, scheduler, generator)
-    texts, instead = (encode_prompts(pipe, part)[target.index] for part in (prompts, others))
-    target = replace(target, encoder_hidden_states=texts)
-    kept = Lessons.of(memory, config.lessons, scheduler, generator) if memory else None
-    stored = unet.dtype  # of the pipeline; what is trained is in 32 bits meanwhile
+    trained = objective.trained(unet)
+    first, start = {name: base[name] for name in trained}, copied(trained)
+    anchor = {name: value.to(device, torch.float16) for name, value in first.items()}
     asked = torch.is_autocast_enabled(device.type)  # by the caller
     precision = torch.get_autocast_dtype(device.type) if asked else stored
     # without autocast's cache, which would outlive the weights that are swapped in
     mixed = torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
+    prompts, others = zip(*asks, strict=True)
+    others = [""] * len(others) if objective.empty else others
+    shown = others if objective.moving else prompts
+    seed = 1_000_000 * (config.seed + 1)  # far from those of evaluation and of other runs
 
     step = 0
-    with training(unet, trained):
-        start = {name: p.detach().cpu().clone() for name, p in trained.items()}
-        anchor = {name: value.to(device, torch.float16) for name, value in first.items()}
-        try:
-            with mixed, swapped(trained, first):
+    try:
+        with swapped(trained, first):  # those whose answers count draw the pictures, too
+            if objective.half_drawn is not None:
+                how = (config.lessons, seed, generator, card, objective.half_drawn)
+                target = Lessons.half_drawn(pipe, shown, *how)
+            else:
+                drawn = draw_pictures(pipe, shown, seed, card)
+                target = Lessons.of(drawn, config.lessons, scheduler, generator)
+            texts, instead = (encode_prompts(pipe, part)[target.index] for part in (prompts, others))
+            target = replace(target, encoder_hidden_states=texts)
+            kept = memory and Lessons.of(memory, config.lessons, scheduler, generator)
+            with mixed:
                 lessons = ask_about_concept(unet, target, instead, objective, config)
-                memories = ask_about_memory(unet, kept, config.memory_batch_size) if kept else None
+                memories = kept and ask_about_memory(unet, kept, config.memory_batch_size)
+        with training(unet, trained):  # in 32 bits
             optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=0.0)
             scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
             for step in range(1, config.iterations + 1):
@@ -349,39 +322,33 @@ def gradient_steps(
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 if not scaler.is_enabled() or not torch.isfinite(loss):  # a scaler skips steps that overflow
-                    _check_finite(
-                        dict(zip(_NAMES, losses, strict=True)) | {"the gradient": norm}, step, config
-                    )
+                    _check_finite((*losses, norm), step, config)
                 scaler.step(optimizer)
                 scaler.update()
-                _check_finite(
-                    {"the sum of the weights": sum(p.sum() for p in trained.values())}, step, config
-                )
                 if step == config.iterations:  # no later loss would show what the last step did
                     with torch.no_grad(), watching(unet, objective, target.noisy) as record, mixed:
                         last = batch_losses(unet, forget, keep, objective, record, config)
-                    _check_finite(dict(zip(_NAMES, last, strict=False)), step, config)
-                with rounded(trained, stored):
-                    values = [float(v.detach()) for v in (loss, *losses)]
-                    yield UnlearnState(step, config.iterations, *values)  # previews can be drawn
-        except DivergedError:
-            overwrite(trained, start)
+                    _check_finite(last, step, config)
+                with rounded(trained, stored):  # previews can be drawn
+                    yield UnlearnState(step, config.iterations, *(float(v.detach()) for v in (loss, *losses)))
+    except (DivergedError, torch.OutOfMemoryError) as error:
+        overwrite(trained, start)
+        if isinstance(error, DivergedError):
             raise
-        except torch.OutOfMemoryError as error:
-            overwrite(trained, start)
-            raise OutOfMemoryError(
-                f"{device} ran out of memory at iteration {step}; the weights are back as they were. Lower "
-                f"batch_size (now {config.batch_size}) and memory_batch_size (now "
-                f"{config.memory_batch_size}), or call pipe.unet.enable_gradient_checkpointing()."
-            ) from error
+        raise OutOfMemoryError(
+            f"{device} ran out of memory at iteration {step}; the weights are back as they were. Lower "
+            f"batch_size (now {config.batch_size}) and memory_batch_size (now {config.memory_batch_size}), "
+            "or call pipe.unet.enable_gradient_checkpointing()."
+        ) from error
 
 
-_NAMES = ("the objective's loss", "the prior loss", "the regularization loss")
+_NAMES = ("the objective's loss", "the prior loss", "the regularization loss", "the gradient")
 
 
-def _check_finite(found: Mapping[str, Tensor], step: int, config: UnlearnConfig) -> None:
-    if bad := [f"{what} is {value.item()}" for what, value in found.items() if not torch.isfinite(value)]:
-        raise DivergedError(
-            f"{bad[0]} at iteration {step}; the weights are back as they were. "
-            f"Lower lr (now {config.lr}) or the loss's weight."
-        )
+def _check_finite(values: Sequence[Tensor], step: int, config: UnlearnConfig) -> None:
+    for name, value in zip(_NAMES, values, strict=False):
+        if not torch.isfinite(value):
+            raise DivergedError(
+                f"{name} is {value.item()} at iteration {step}; the weights are back as they were. "
+                f"Lower lr (now {config.lr}) or the loss's weight."
+            )

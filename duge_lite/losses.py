@@ -1,15 +1,9 @@
-r"""The three losses of DUGE: pure functions of tensors.
-
-The total that unlearning minimises is
+r"""The three losses of DUGE: pure functions of tensors, which both solvers minimise.
 
 .. math:: L = \lambda_U L_U + \lambda_{pr} L_{pr} + \lambda_R R_{pr}
 
-(arXiv 2503.13769). The abstract names the three terms; their exact form is known to us only from
-reviews of the paper, so what is uncertain is an argument here, and each default is *ours*.
-
-Both solvers minimise these functions: :mod:`duge_lite.gradient` goes down their slope, step by step;
-:mod:`duge_lite.solver` sets them to their minimum at once, which it can because it looks at what each head of
-a layer says, and that is linear in the layer's values.
+The abstract (arXiv 2503.13769) names the three terms; their exact form is known to us only from reviews of
+the paper, so what is uncertain is an argument here, and each default is *ours*.
 """
 
 from __future__ import annotations
@@ -18,8 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-
-TARGET_KINDS = ("uncond", "negative", "clamped")
 
 
 def _squared(a: Tensor, b: Tensor, what: str) -> Tensor:
@@ -39,17 +31,15 @@ def attention_target(
         conditional: the reference's maps (B, heads, H*W, T), layer outputs (B, H*W, C) or what its heads hear
             (heads, R, D), for a prompt with the concept.
         unconditional: the same for what is asked instead.
-        kind: ``"uncond"``: the unconditional value itself; ``"negative"``: one further step away,
-            ``u - eta * (c - u)``, which for maps can leave [0, 1]; ``"clamped"``: the negative one cut
-            at zero and renormalised over the last axis (for maps only).
-        eta: how far past the unconditional value; not used by ``"uncond"``.
+        kind: ``"uncond"``: the unconditional value itself; ``"negative"``: ``eta`` steps past it,
+            ``u - eta * (c - u)``, which for maps can leave [0, 1].
 
-    Returns a tensor shaped like ``conditional``, without gradient. Raises ValueError for an unknown kind or
-    shapes that differ. Source: the comparison of the concept's map with the unconditional one is the paper's
-    (as reviews report it); the kinds are ours.
+    Returns a tensor of the same shape, without gradient. Raises ValueError for an unknown kind or shapes that
+    differ. Source: the comparison of the concept's map with the unconditional one is the paper's (as reviews
+    report it); the kinds are ours.
     """
-    if kind not in TARGET_KINDS:
-        raise ValueError(f"target kind {kind!r} is unknown; choose one of {', '.join(TARGET_KINDS)}")
+    if kind not in ("uncond", "negative"):
+        raise ValueError(f"target kind {kind!r} is unknown; choose one of uncond, negative")
     if conditional.shape != unconditional.shape:
         raise ValueError(
             f"conditional {tuple(conditional.shape)} and unconditional {tuple(unconditional.shape)} "
@@ -57,23 +47,16 @@ def attention_target(
         )
     if kind == "uncond":
         return unconditional.detach()
-    target = (unconditional - eta * (conditional - unconditional)).detach()
-    if kind == "negative":
-        return target
-    target = target.clamp(min=0)
-    return target / target.sum(dim=-1, keepdim=True).clamp(min=1e-8)
+    return (unconditional - eta * (conditional - unconditional)).detach()
 
 
 def cross_attention_loss(maps: Sequence[Tensor], targets: Sequence[Tensor], relative: bool = True) -> Tensor:
     r"""Mean over layers of the squared distance to the target: :math:`L_U = \frac1M \sum_i (A_i - A_i^*)^2`.
 
-    Args:
-        maps: one tensor per cross-attention layer, of the model that learns.
-        targets: same shapes, from :func:`attention_target`.
-        relative: divide each layer's term by the target's mean square, so that a layer that writes
-            small numbers counts as much as one that writes large ones (ours; ``False`` is the plain form).
-
-    Returns a scalar. Raises ValueError when the lists or the shapes do not fit.
+    ``maps`` are those of the model that learns, one tensor per cross-attention layer, ``targets`` of the same
+    shapes, from :func:`attention_target`. ``relative`` divides each layer's term by the target's mean square,
+    so that a layer that writes small numbers counts as much as one that writes large ones (ours; ``False`` is
+    the plain form). Returns a scalar. Raises ValueError when the lists or the shapes do not fit.
     """
     if len(maps) != len(targets) or not maps:
         raise ValueError(
@@ -92,9 +75,7 @@ def prior_preservation_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
     ``target`` is the true noise (the paper's form) or the frozen reference's own answer (our default: it asks
     the model to stay itself, not to become better): of the whole denoiser, (B, 4, h, w), or of every head of
-    a layer. If every layer says what it said, the predicted noise is what it was.
-
-    Returns a scalar. Raises ValueError for shapes that differ.
+    a layer. Returns a scalar. Raises ValueError for shapes that differ.
     """
     return _squared(prediction, target, "prediction").mean()
 
@@ -103,8 +84,7 @@ def regularization_loss(parameters: Mapping[str, Tensor], anchor: Mapping[str, T
     r"""Mean squared distance of the weights from an anchor: :math:`R = \frac1N |\theta - \bar\theta|^2`.
 
     ``parameters`` are the trained tensors by name, ``anchor`` the same tensors, frozen. Returns a scalar.
-    Raises ValueError when they do not fit. That there is a regularizer on the parameters is the paper's; its
-    form is ours.
+    Raises ValueError when they do not fit. The regularizer is the paper's, its form ours.
     """
     if parameters.keys() != anchor.keys():
         raise ValueError(f"parameters and anchor name different tensors: {set(parameters) ^ set(anchor)}")

@@ -12,14 +12,12 @@ and of what stays. The minimum is one C x C solve per layer::
 
     O = O0 (X + r) (S + r)^-1,   S = mean f f^T,   X = mean f* f^T,   f* = f for what stays
 
-There is no gradient, no learning rate and no second model, and all that the denoiser has to do is to draw.
 The means of several requests add up, so that their order cannot matter. The layer is linear in its values V
 as well, with z in the place of f, a D x D solve per head: ``solve="values"``. That forgets too, but a learned
 word finds its way around it; every word has to pass through O.
 
-The hidden states behind f are taken while the reference draws: :class:`PictureBook` keeps them, prompt by
-prompt. What is to stay and what may go later are the same pictures; a request only changes what is wanted of
-some of them.
+The hidden states behind f are taken while the reference draws: :class:`PictureBook` keeps them. What is to
+stay and what may go later are the same pictures; a request only changes what is wanted of some of them.
 """
 
 from __future__ import annotations
@@ -28,7 +26,8 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -77,6 +76,11 @@ def fingerprints(pipe: DiffusionPipeline) -> tuple[str, str, str]:
 def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The weights of all cross-attention layers, by name."""
     return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
+
+
+def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as they are now, in main memory."""
+    return {name: w.detach().cpu().clone() for name, w in weights.items()}
 
 
 def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:
@@ -143,28 +147,24 @@ class PictureBook:
     """What the cross-attention layers saw while the reference drew, prompt by prompt.
 
     Attributes:
-        card: of the model.
         memory: prompts of what is to stay, until it goes.
         seen: for each prompt that was drawn, by layer: hidden states (R, C) in 16 bits, from ``places``
             places at each of ``steps`` moments, of both halves of guidance.
         reference: the cross-attention weights of the base model, by name, in main memory.
         base: the base model's fingerprint.
+        gone_at: what is gone, by the fingerprints of all weights that the book knows.
     """
 
     def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        card: ModelCard,
-        config: UnlearnConfig,
+        self, pipe: DiffusionPipeline, card: ModelCard, config: UnlearnConfig,
         memory: Sequence[str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.card, self.settings = card, _settings(card, config, memory)
         _, self.memory, self.steps, self.places, self.seed = self.settings
         self.layers = cross_attention_layers(pipe.unet)
-        weights = cross_attention_weights(pipe.unet)
-        self.reference = {name: p.detach().cpu().clone() for name, p in weights.items()}
-        self.base, *rounded = fingerprints(pipe)
-        self.gone_at: dict[str, tuple[Concept, ...]] = dict.fromkeys((self.base, *rounded), ())
+        self.reference = copied(cross_attention_weights(pipe.unet))
+        self.gone_at: dict[str, tuple[Concept, ...]] = dict.fromkeys(fingerprints(pipe), ())
+        self.base = next(iter(self.gone_at))
         self.seen: dict[str, dict[str, Tensor]] = {}
         self._rankings: dict[Concept, pd.Series] = {}
         self._latents: dict[str, Tensor] = {}
@@ -172,27 +172,22 @@ class PictureBook:
 
     @classmethod
     def of(
-        cls,
-        pipe: DiffusionPipeline,
-        card: ModelCard,
-        config: UnlearnConfig,
-        memory: Sequence[str] | None = None,
-        directory: Path | None = None,
-    ) -> tuple[PictureBook, tuple[Concept, ...]]:
+        cls, pipe: DiffusionPipeline, card: ModelCard, config: UnlearnConfig,
+        memory: Sequence[str] | None = None, directory: str | Path | None = None,
+    ) -> tuple[PictureBook, tuple[Concept, ...]]:  # fmt: skip
         """The book of ``pipe``, and what is gone: the one that knows its weights, or a new one.
 
         A new one takes what it finds in ``directory``, if it was drawn by this model with these settings.
         """
-        old, now = _BOOKS.get(pipe.unet), fingerprints(pipe)[0]
-        old = old if old is not None and now in old.gone_at else None
-        gone = old.gone_at[now] if old else ()
+        old = cls.known(pipe)
+        gone = old.gone(pipe) if old else ()
         if old and (old.settings, old.card) == (_settings(card, config, memory), card):
             return old, gone
         with old.at_base(pipe) if old else nullcontext():
             new = cls(pipe, card, config, memory)
         new.gone_at |= old.gone_at if old else {}
         if directory is not None:
-            new._read(directory / BOOK)
+            new._read(Path(directory) / BOOK)
         _BOOKS[pipe.unet] = new
         return new, gone
 
@@ -227,8 +222,7 @@ class PictureBook:
     @torch.no_grad()
     def draw(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
         """Lets the reference draw what the book does not hold yet; several processes share it."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self.seen]
-        if not missing:
+        if not (missing := [p for p in dict.fromkeys(prompts) if p not in self.seen]):
             return
         mine, found, size = share(missing), [], self.card.batch_size
         with self.at_base(pipe):
@@ -238,17 +232,17 @@ class PictureBook:
 
     def _draw(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[tuple[str, dict[str, Tensor]]]:
         rows: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        names = {attn: name for name, attn in self.layers.items()}
         pick = torch.Generator().manual_seed(self.seed)  # the same places for every prompt
 
-        def look(attn: Attention, args: tuple, kwargs: dict) -> None:
+        def look(name: str, attn: Attention, args: tuple, kwargs: dict) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]  # (2 B or B, H*W, C)
             places = torch.randperm(hidden.shape[1], generator=pick)[: self.places]
             halves = hidden[:, places.to(hidden.device)].half().cpu().unflatten(0, (-1, len(prompts)))
-            rows[names[attn]].append(halves.transpose(0, 1).flatten(1, 2))  # (B, halves * places, C)
+            rows[name].append(halves.transpose(0, 1).flatten(1, 2))  # (B, halves * places, C)
 
-        hooks = [attn.register_forward_pre_hook(look, with_kwargs=True) for attn in names]
-        try:
+        with ExitStack() as hooks:
+            for name, attn in self.layers.items():
+                hooks.enter_context(attn.register_forward_pre_hook(partial(look, name), with_kwargs=True))
             pipe(
                 list(prompts),
                 num_inference_steps=self.steps,
@@ -256,9 +250,6 @@ class PictureBook:
                 generator=[torch.Generator().manual_seed(s) for s in self._seeds(prompts)],
                 output_type="latent",
             )
-        finally:
-            for hook in hooks:
-                hook.remove()
         with torch.autocast("cpu", enabled=False):  # a caller's, in another kind of 16 bits
             drawn = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}  # (B, R, C)
         return [(p, {n: x[i].clone() for n, x in drawn.items()}) for i, p in enumerate(prompts)]
@@ -276,9 +267,9 @@ class PictureBook:
     def ranking(self, pipe: DiffusionPipeline, concept: Concept) -> pd.Series:
         """How far each of the card's concepts is from ``concept``: the nearest first.
 
-        The squared distance of what the heads say at the concept's pictures when they are asked for the one
-        in place of the other, as a share of what they say; mean over layers (ours, after LACU, arXiv
-        2512.02657, which compares predictions of noise).
+        The squared distance of what the heads say at the concept's pictures when they are asked for the other
+        one, as a share of what they say; mean over layers (ours, after LACU, arXiv 2512.02657, which compares
+        predictions of noise).
         """
         if concept in self._rankings:
             return self._rankings[concept]
@@ -322,52 +313,54 @@ class PictureBook:
     ) -> tuple[dict[str, Tensor], pd.DataFrame]:
         """The minimum of the three losses: the new cross-attention weights by name, and each layer's losses.
 
-        A function of what is ``gone``, not of its order. Every prompt counts the same: the loss of what goes
-        is weighed with its share of the prompts, that of what stays with its own. The table has a row per
-        layer: attention, prior and regularization, before and after, and ``change``, the norm of the change
-        as a share of the matrix's own.
+        Every prompt counts the same: the loss of what goes is weighed with its share of the prompts, that of
+        what stays with its own. The last column, ``change``, is the norm of the change as a share of the
+        matrix's own. Raises DivergedError for hidden states that are not finite.
         """
-        ends, keep = self.wishes(pipe, gone) if gone else ({}, list(self.memory))
+        ends, keep = self.wishes(pipe, gone)
         self.draw(pipe, [*ends, *keep])
         lambda_attention, lambda_prior, ridge = config.weights
         lambda_attention *= len(ends) / (len(ends) + len(keep))
         lambda_prior *= len(keep) / (len(ends) + len(keep))
-        asked, instead, stay = (
-            encode_prompts(pipe, part).to(pipe.unet.device) if part else None
-            for part in (list(ends), list(ends.values()), keep)
-        )
-        weights, rows = dict(self.reference), []
+        prompts = list(ends), list(ends.values()), keep
+        asked, instead, stay = (encode_prompts(pipe, part).to(pipe.unet.device) for part in prompts)
+        weights, rows = dict(self.reference), {}
         matrix = "to_v" if config.solve == "values" else "to_out.0"
         with self.at_base(pipe), torch.autocast(pipe.unet.device.type, enabled=False):
             for name, attn in self.layers.items():
-                old = _exact(solved_matrix(attn, config.solve))
+                old, hidden = _exact(solved_matrix(attn, config.solve)), self._rows(name, list(ends))
+                own, other = (heard(attn, hidden, text, config.solve) for text in (asked, instead))
+                went = Sums(own, attention_target(own, other, "negative", config.eta))
                 kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
-                read = wanted = lambda_prior * kept.heard
-                went = None
-                if ends:
-                    hidden = self._rows(name, list(ends))
-                    own, other = (heard(attn, hidden, text, config.solve) for text in (asked, instead))
-                    went = Sums(own, attention_target(own, other, "negative", config.eta))
-                    read = read + lambda_attention * went.heard
-                    wanted = wanted + lambda_attention * went.wanted
+                read = lambda_prior * kept.heard + lambda_attention * went.heard
+                wanted = lambda_prior * kept.heard + lambda_attention * went.wanted
                 if not torch.isfinite(read + wanted).all():
                     raise DivergedError(f"what {name} hears is not finite; the weights are as they were")
                 size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
                 new = solve_matrix(old, read, wanted, ridge * size)
                 weights[f"{name}.{matrix}.weight"] = new.flatten(0, 1).cpu()  # 64 bits: not on the device
-                rows.append({"layer": name} | _losses(old, new, kept, went))
-        return weights, pd.DataFrame(rows).set_index("layer")
+                rows[name] = {
+                    "attention before": went.loss(old, old),
+                    "attention after": went.loss(new, old),
+                    "prior before": kept.loss(old, old),
+                    "prior after": kept.loss(new, old),
+                    "regularization before": 0.0,
+                    "regularization after": float((new - old).square().mean()),
+                    "change": float((new - old).norm() / old.norm()),
+                }
+        return weights, pd.DataFrame(rows).T.rename_axis("layer")
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: str | Path) -> None:
         """Keeps the hidden states on disk; the main process writes. Raises OSError when the disk is full."""
-        from_main(lambda: self._write(directory / BOOK))
+        from_main(lambda: self._write(Path(directory) / BOOK))
 
     def _write(self, path: Path) -> None:
         if self._on_disk == (path, len(self.seen)):
             return
-        tensors = {f"{i} {n}": x for i, p in enumerate(self.seen) for n, x in self.seen[p].items()}
-        about = self._about() | {"prompts": json.dumps(list(self.seen)), "digest": _digest(tensors)}
+        tensors = {f"{i} {n}": x for i, rows in enumerate(self.seen.values()) for n, x in rows.items()}
+        prompts = json.dumps(list(self.seen))
         with written(path) as draft:
+            about = {"prompts": prompts, "digest": self._digest(prompts, tensors)}
             save_file(tensors, draft, metadata=about)
         self._on_disk = path, len(self.seen)
 
@@ -375,20 +368,21 @@ class PictureBook:
         """Takes what is on disk, if it was drawn by this model with these settings, and is whole."""
         try:
             with safe_open(path, "pt") as file:
-                about, own = file.metadata(), self._about()
-                if own.items() <= about.items():
-                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (
-            Exception
-        ):  # none, or a damaged one, of which safetensors has its own kinds: it is only a cache
+                about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if about["digest"] != self._digest(about["prompts"], tensors):
+                return
+        except Exception:  # none, or damaged, of which safetensors has kinds of its own: it is only a cache
             return
-        if own.items() <= about.items() and _digest(tensors) == about.get("digest"):
-            for i, prompt in enumerate(json.loads(about["prompts"])):
-                self.seen[prompt] = {name: tensors[f"{i} {name}"] for name in self.layers}
-            self._on_disk = path, len(self.seen)
+        for i, prompt in enumerate(json.loads(about["prompts"])):
+            self.seen[prompt] = {name: tensors[f"{i} {name}"] for name in self.layers}
+        self._on_disk = path, len(self.seen)
 
-    def _about(self) -> dict[str, str]:
-        return {"base": self.base, "settings": repr(self.settings)}
+    def _digest(self, prompts: str, tensors: Mapping[str, Tensor]) -> str:
+        """Of the model, the settings and every bit of what was seen."""
+        digest = hashlib.sha1(f"{self.base} {self.settings} {prompts}".encode())
+        for name in sorted(tensors):
+            digest.update(tensors[name].contiguous().numpy())
+        return digest.hexdigest()
 
 
 def _settings(card: ModelCard, config: UnlearnConfig, memory: Sequence[str] | None) -> tuple:
@@ -398,22 +392,6 @@ def _settings(card: ModelCard, config: UnlearnConfig, memory: Sequence[str] | No
         raise ValueError(f"memory = {memory!r}: expected prompts of what is to stay, at least one")
     about_card = (card.name, card.guidance_scale)
     return about_card, prompts, config.num_inference_steps, config.places, config.seed
-
-
-def _losses(old: Tensor, new: Tensor, kept: Sums, went: Sums | None) -> dict[str, float]:
-    pairs = {"before": old, "after": new}
-    row = {f"attention {when}": went.loss(w, old) if went else 0.0 for when, w in pairs.items()}
-    row |= {f"prior {when}": kept.loss(w, old) for when, w in pairs.items()}
-    row |= {f"regularization {when}": float((w - old).square().mean()) for when, w in pairs.items()}
-    return row | {"change": float((new - old).norm() / old.norm())}
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """So that a flipped bit is noticed."""
-    digest = hashlib.sha1()
-    for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().numpy())
-    return digest.hexdigest()
 
 
 BOOK = "book.safetensors"

@@ -24,8 +24,7 @@ from .attention import AttentionTrace, trace
 from .concepts import ModelCard, UnlearnConfig, model_card
 from .evaluation import Judge
 from .models import sample
-from .sequence import UnlearningSequence
-from .unlearning import UnlearningRun, unlearn
+from .unlearning import UnlearningRun, UnlearningSequence, unlearn
 from .viewer import Slides, image_html
 
 

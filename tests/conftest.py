@@ -6,7 +6,10 @@ trained weights, processors or gradients behind for the next.
 
 import copy
 import dataclasses
+import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
@@ -56,6 +59,19 @@ def weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
 def changed(pipe: StableDiffusionPipeline, before: dict[str, torch.Tensor]) -> set[str]:
     now = weights(pipe)
     return {name for name, value in before.items() if not torch.equal(now[name], value)}
+
+
+@contextmanager
+def interrupted(pipe, kind: type[BaseException], when: int) -> Iterator[None]:
+    """The denoiser raises ``kind`` the ``when``-th time that it is asked."""
+    passes = itertools.count(1)
+
+    def stop(*_) -> None:
+        if next(passes) == when:
+            raise kind
+
+    with pipe.unet.register_forward_pre_hook(stop):
+        yield
 
 
 def quick_card(pipe) -> duge.ModelCard:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GRADIENT, MEMORY, changed, quick_card, weights
+from conftest import EXACT, GRADIENT, MEMORY, changed, quick_card, weights
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 import duge_lite as duge
@@ -42,7 +42,7 @@ def test_none_gets_our_losses_and_its_own_falls(tiny_pipe, method):
     small = dict(iterations=15, batch_size=4, memory_batch_size=1, target_size=5, lessons=8, lr=1e-3)
     before = weights(tiny_pipe)
     config = replace(config, **small)
-    run = duge.unlearn(tiny_pipe, "apple", config, MEMORY, None, False, objective, quick_card(tiny_pipe))
+    run = duge.unlearn(tiny_pipe, "apple", config, MEMORY, False, objective, quick_card(tiny_pipe))
     assert run.objective == objective.name and set(run.before) == changed(tiny_pipe, before)
     assert run.history.forget.iloc[-5:].mean() < run.history.forget.iloc[:3].mean()
     if objective.moving:
@@ -60,21 +60,16 @@ def test_the_anchor_has_to_be_known_and_to_stay(tiny_pipe):
 def test_half_drawn_is_what_the_denoiser_met(tiny_pipe, sampler):
     """Also where the sampler keeps its latents in another scale, as Euler's does; the first moment too."""
     tiny_pipe.scheduler = sampler.from_config(tiny_pipe.scheduler.config, skip_prk_steps=True)
-    card, met = replace(model_card(tiny_pipe), sampling_steps=4, batch_size=2), []
-    hook = tiny_pipe.unet.register_forward_pre_hook(lambda _, args: met.append((args[0], int(args[1]))))
-    prompts, generator = (
-        ["a photo of an apple", "a mosaic", "a sketch of a car"],
-        torch.Generator().manual_seed(0),
-    )
-    asked = Lessons.half_drawn(tiny_pipe, prompts, 24, 7, generator, card, 3.0)
-    hook.remove()
-    times = {t for _, t in met}
-    assert (
-        asked.noisy.shape == (24, 4, 16, 16) and set(asked.timesteps.tolist()) == times and max(times) > 700
-    )
+    card, met = replace(model_card(tiny_pipe), sampling_steps=4, batch_size=2), {}
+    prompts, lots = ["a photo of an apple", "a mosaic", "a sketch of a car"], torch.Generator().manual_seed(0)
+    with tiny_pipe.unet.register_forward_pre_hook(
+        lambda _, args: met.setdefault(int(args[1]), []).extend(args[0])
+    ):
+        asked = Lessons.half_drawn(tiny_pipe, prompts, 24, 7, lots, card, 3.0)
+    assert asked.noisy.shape == (24, 4, 16, 16) and max(met) > 700
+    assert set(asked.timesteps.tolist()) == set(met)
     for noisy, t in zip(asked.noisy, asked.timesteps.tolist(), strict=True):
-        seen = [x for latents, then in met if then == t for x in latents]
-        assert any(torch.allclose(noisy, x, atol=1e-5) for x in seen)
+        assert any(torch.allclose(noisy, x, atol=1e-5) for x in met[t])
 
 
 def test_esd_asks_a_model_of_velocities_for_the_same_noise():
@@ -92,7 +87,7 @@ def test_esd_asks_a_model_of_velocities_for_the_same_noise():
 def answers(pipe, prompt: str, last: bool) -> torch.Tensor:
     """What the values say of all tokens of ``prompt``, or of its last one."""
     end = sum(pipe.tokenizer(prompt).attention_mask) - 2
-    states = encode_prompts(pipe, [prompt])[0][end : end + 1] if last else encode_prompts(pipe, [prompt])[0]
+    states = encode_prompts(pipe, [prompt])[0][slice(end, end + 1) if last else slice(None)]
     values = [p for n, p in pipe.unet.named_parameters() if n.endswith("attn2.to_v.weight")]
     return torch.cat([states @ p.detach().T for p in values], dim=1)
 
@@ -123,7 +118,7 @@ def test_uce_with_the_concept_as_its_own_anchor_changes_nothing(tiny_pipe):
 
 
 def test_uce_counts_as_gone_and_says_no_to_no_number(tiny_pipe):
-    duge.unlearn(tiny_pipe, "car", replace(GRADIENT, solver="exact"), MEMORY, progress=False)
+    duge.unlearn(tiny_pipe, "car", EXACT, MEMORY, progress=False)
     baselines.uce(tiny_pipe, "apple")
     assert {c.name for c in PictureBook.known(tiny_pipe).gone(tiny_pipe)} == {"car", "apple"}
     before = weights(tiny_pipe)

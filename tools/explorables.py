@@ -27,8 +27,8 @@ from PIL import Image
 import duge_lite as duge
 from duge_lite import attacks, baselines
 from duge_lite.evaluation import OTHER
-from duge_lite.sequence import sequence_steps
 from duge_lite.solver import BOOK, cross_attention_weights
+from duge_lite.unlearning import sequence_steps
 from duge_lite.viewer import Slides
 
 ROOT = Path(__file__).parent.parent
