@@ -2,17 +2,21 @@
 
 A cell is drawn once: its pictures lie in ``results/*.work`` (not in git). Numbers are read from them, so that
 another judge needs no new drawing. Judged pictures are drawn in ten steps of DPM-Solver++ under bfloat16
-autocast (two thirds of the time on a processor that has it); forgetting runs as it does by default.
+autocast (two thirds of the time on a processor that has it); forgetting runs as it does by default. ``cpu``
+are the processor seconds of forgetting, or of an attack; ``seconds`` those of the clock, drawing too.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +27,7 @@ import duge_lite as duge
 from duge_lite import baselines
 from duge_lite.config import UnlearnConfig
 from duge_lite.evaluation import wilson_interval
+from duge_lite.figures import Plot
 from duge_lite.gradient import DUGE, Objective
 from duge_lite.unlearning import UnlearningRun
 
@@ -43,23 +48,14 @@ class Method:
     uce: Mapping[str, object] | None = None
 
     @property
-    def exact(self) -> bool:
-        return self.uce is None and self.config is not None and self.config.solver == "exact"
-
-    @property
     def slow(self) -> bool:
         return self.config is not None and self.config.solver == "gradient"
 
-    def forget(
-        self, pipe, concepts: str | Sequence[str], seed: int, gone: Sequence[str] = ()
-    ) -> UnlearningRun:
-        """``gone``: what went before. UCE solves for one concept or several at once, as it is published."""
-        if self.uce is None:
-            config = replace(self.config, seed=seed)
-            return duge.unlearn(pipe, concepts, config, objective=self.objective, progress=False)
-        names = [concepts] if isinstance(concepts, str) else list(concepts)
-        kept = [c for c in duge.model_card(pipe).forgettable if c not in (*gone, *names)]
-        return baselines.uce(pipe, concepts, preserve=kept, **self.uce)
+    def forget(self, pipe, concepts: str | Sequence[str], seed: int) -> UnlearningRun:
+        if self.uce is not None:  # one concept or several at once, as it is published; no lots are drawn
+            return baselines.uce(pipe, concepts, **self.uce)
+        config = replace(self.config, seed=seed)
+        return duge.unlearn(pipe, concepts, config, objective=self.objective, progress=False)
 
 
 def methods() -> dict[str, Method]:
@@ -98,19 +94,26 @@ def methods() -> dict[str, Method]:
 
 def chosen(only: Sequence[str] | None) -> dict[str, Method]:
     """The methods of these names, or with names that begin so; all of them by default."""
-    known = methods()
-    names = [[o] if o in known else [n for n in known if n.startswith(o)] for o in only or [""]]
-    return {name: known[name] for group in names for name in group}
+    known, asked = methods(), only or [""]
+    return {n: known[n] for o in asked for n in known if n == o or (o not in known and n.startswith(o))}
 
 
-def digest(*folders: str) -> str:
+@cache
+def digest(*files: str) -> str:
     """Which weights were used: other ones make old cells worthless."""
-    files = (duge.data_dir() / f for f in folders)
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
+    return hashlib.sha256(b"".join((duge.data_dir() / f).read_bytes() for f in files)).hexdigest()[:8]
 
 
-def model() -> str:
-    return digest("doodle-sd/unet/diffusion_pytorch_model.safetensors")
+def oracle(key: Sequence) -> str:
+    """Which oracle draws a cell: the one that never saw an apple, or the one without any of the twelve."""
+    return "final" if {"12 requests", "after twelve"} & set(key) else "apple"
+
+
+def model(key: Sequence = ()) -> str:
+    """The weights that a cell is drawn with; the oracle's cells name its own, too."""
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    own = digest(f"doodle-sd/{weights}")
+    return f"{own}-{digest(f'doodle-oracle-{oracle(key)}/{weights}')}" if ORACLE in key else own
 
 
 def judge_id() -> str:
@@ -123,8 +126,25 @@ def draw(pipe, prompts: Sequence[str], seeds: Sequence[int], **how: object) -> n
         return np.stack([np.asarray(p) for p in duge.sample(pipe, prompts, list(seeds), STEPS, **how)])
 
 
+def look(pipe, rows: pd.DataFrame, again: pd.Series | None = None) -> np.ndarray:
+    """A picture per row's prompt and seed; those of ``again`` once more, from other noise, at the end."""
+    if again is not None:
+        rows = pd.concat([rows, rows[again].assign(seed=rows.seed + 100_000)])
+    return draw(pipe, list(rows.prompt), rows.seed)
+
+
 def images(pictures: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pictures]
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    """Processor seconds, on CUDA those of the clock, and what came out."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    started = clock()
+    found = action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - started, found
 
 
 class Cells:
@@ -132,36 +152,44 @@ class Cells:
 
     def __init__(self, path: Path) -> None:
         self.path, self.work = path, path.with_suffix(".work")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.work.mkdir(exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
 
     def lines(self) -> dict[tuple, dict]:
-        """The cells of today's model, by key; what a judge said of one stands in a later line."""
+        """The cells of today's weights, by key; what a judge said of one stands in a later line."""
         text, cells = self.path.read_text().splitlines() if self.path.exists() else [], {}
         for line in map(json.loads, text):
-            if line["model"] == model():
-                cells[tuple(line["key"])] = cells.get(tuple(line["key"]), {}) | line
+            key = tuple(line["key"])
+            if line["model"] == model(key):
+                cells[key] = cells.get(key, {}) | line
         return cells
 
-    def __contains__(self, key: Sequence) -> bool:
-        return tuple(key) in self.lines()
-
     def file(self, key: Sequence) -> Path:
-        return self.work / (hashlib.sha256(json.dumps([*key, model()]).encode()).hexdigest()[:16] + ".npz")
+        return self.work / (hashlib.sha256(json.dumps([*key, model(key)]).encode()).hexdigest()[:16] + ".npz")
 
-    def add(self, key: Sequence, cost: Mapping[str, object], pictures: np.ndarray | None = None) -> None:
-        """A finished cell; what is measured on its pictures comes later."""
-        if pictures is not None:
-            np.savez_compressed(self.file(key), pictures=pictures)
+    def pictures(self, key: Sequence) -> np.ndarray:
+        return np.load(self.file(key))["pictures"]
+
+    def add(self, key: Sequence, numbers: Mapping[str, object]) -> None:
         with self.path.open("a") as file:  # a line at once: another process may append, too
-            file.write(json.dumps({"key": list(key), "model": model(), **cost}) + "\n")
+            file.write(json.dumps({"key": list(key), "model": model(key), **numbers}) + "\n")
+
+    def fill(self, key: Sequence, work: Callable[[], tuple[dict, np.ndarray]], shown: bool = False) -> None:
+        """Works out a cell, its numbers and pictures, that has no line, or (``shown``) no pictures here."""
+        if tuple(key) in self.lines() and (self.file(key).exists() or not shown):
+            return
+        started = time.perf_counter()
+        numbers, pictures = work()
+        if len(pictures):
+            np.savez_compressed(self.file(key), pictures=pictures)
+        seconds = round(time.perf_counter() - started, 1)
+        self.add(key, {**numbers, "seconds": seconds})
+        print(f"{key}: {seconds} s", flush=True)
 
     def read(self, measure: Callable[[tuple, np.ndarray], dict]) -> list[dict]:
         """All cells with what ``measure`` says of their pictures; read anew when the judge is another one."""
         for key, cell in self.lines().items():
             if cell.get("judge") != judge_id() and self.file(key).exists():
-                pictures = np.load(self.file(key))["pictures"]
-                self.add(key, measure(key, pictures) | {"judge": judge_id()})
+                self.add(key, measure(key, self.pictures(key)) | {"judge": judge_id()})
         return [c for c in self.lines().values() if c.get("judge", judge_id()) == judge_id()]
 
 
@@ -170,18 +198,21 @@ def interval(hits: float, count: int) -> str:
     return f"{hits / count:.3f} ({low:.2f}-{high:.2f}, n={int(count)})"
 
 
-def cpu(action: Callable[[], object]) -> float:
-    """Processor seconds; on CUDA those of the clock."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    started = clock()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - started
-
-
-def table(frame: pd.DataFrame, path: Path) -> None:
-    """Prints a table and writes it beside the cells."""
+def publish(path: Path, frame: pd.DataFrame, figure: Plot, cells: Sequence[dict]) -> None:
+    """Prints a table, writes it and its figure to ``path``, and says how long its cells took."""
     with pd.option_context("display.width", 250, "display.max_columns", 50, "display.max_colwidth", 60):
         print(frame.round(3).to_string())
     frame.round(4).to_csv(path)
+    path.with_suffix(".png").write_bytes(figure.png())
+    took = [c["seconds"] for c in cells if "seconds" in c]
+    print(f"{sum(took) / 60:.0f} minutes in all, of {len(took)} of {len(cells)} cells")
+
+
+def arguments(about: str, *flags: str) -> argparse.Namespace:
+    """What a script was told: which rows, whether only to print its table, and flags of its own."""
+    torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="rows, or how their names begin")
+    for flag in ("table", *flags):
+        parser.add_argument(f"--{flag}", action="store_true")
+    return parser.parse_args()
