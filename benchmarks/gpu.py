@@ -3,23 +3,18 @@
     python benchmarks/gpu.py            # on the GPU at hand: measured
     python benchmarks/gpu.py --count    # anywhere: bytes of all tensors that live at once; the solve's time
 
-Weights are random, sizes those of the model's card. Counting runs the drawing on tensors without data
-(FakeTensorMode), in 16 bits as on a GPU, and the solve on real ones, from hidden states that are random;
-what the library keeps in main memory (the book, the base weights) is printed beside it. It says nothing of
-an allocator's slack and cuDNN's workspace.
+Weights are random, sizes those of the model's card. Counting draws on tensors without data, in 16 bits as on
+a GPU, and solves on real ones, from random hidden states; what the library keeps in main memory (the book,
+the base weights) is printed beside it. It says nothing of an allocator's slack and cuDNN's workspace.
 """
 
-from __future__ import annotations
-
 import argparse
-import weakref
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from common import RESULTS, timed
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,52 +22,47 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import duge_lite as duge
-from duge_lite.config import UnlearnConfig
 from duge_lite.solver import PictureBook
 
 GIB = 2**30
-UNET = dict(sample_size=64, cross_attention_dim=768)
-Counts = dict[str, float]
 
 
 class Tally(TorchDispatchMode):
-    """Counts the bytes of all tensors that were made in the block and live: ``now``, and ``peak``."""
+    """Counts the bytes of all tensors that were made in the block and live: ``now``, and their ``peak``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.seen: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage -> what ends its count
+        self.live, self.peak = WeakIdKeyDictionary(), 0  # storage -> bytes
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # noqa: ANN001, ANN201
+    @property
+    def now(self) -> int:
+        return sum(self.live.values())
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1  # there is no data: any number will do
         result = op(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
-                self.now += storage.nbytes()
-                self.seen[storage] = weakref.finalize(storage, self._subtract, storage.nbytes())
+            if isinstance(tensor, torch.Tensor):
+                self.live[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
         self.peak = max(self.peak, self.now)
         return result
-
-    def _subtract(self, size: int) -> None:
-        self.now -= size
 
 
 def stable_diffusion(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
     """Stable Diffusion 1.4 with random weights, made without the hub."""
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     with torch.device(device):
         torch.set_default_dtype(dtype)  # tensors without data cannot be cast later
-        parts = {"unet": UNet2DConditionModel(**UNET), "text_encoder": CLIPTextModel(text)}
+        unet, encoder = UNet2DConditionModel(sample_size=64, cross_attention_dim=768), CLIPTextModel(text)
         torch.set_default_dtype(torch.float32 if dtype == torch.float16 else dtype)
-        parts["vae"] = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+        vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
         torch.set_default_dtype(torch.float32)
-    parts["tokenizer"] = CLIPTokenizer.from_pretrained(duge.data_dir() / "doodle-sd" / "tokenizer")
-    parts["tokenizer"].model_max_length = 77
-    parts["scheduler"] = DDIMScheduler(clip_sample=False, steps_offset=1)
-    unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(**parts, **unchecked)
+    tokenizer = CLIPTokenizer.from_pretrained(duge.data_dir() / "doodle-sd" / "tokenizer")
+    tokenizer.model_max_length, scheduler = 77, DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts = (vae, encoder, tokenizer, unet, scheduler)
+    pipe = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -83,48 +73,37 @@ def weights(pipe: StableDiffusionPipeline) -> float:
     return sum(p.nbytes for part in parts for p in part.parameters()) / GIB
 
 
+def peak(way: Callable[[], object]) -> float:
+    with Tally() as tally:
+        way()
+    return tally.peak / GIB
+
+
 @torch.no_grad()
-def counted_drawing() -> Counts:
+def counted_drawing() -> dict[str, float]:
     """The peak of the denoiser on both halves of a batch, and of decoding a picture; beside the weights."""
-    found = {}
     with FakeTensorMode():
         pipe = stable_diffusion(torch.bfloat16)
         halves = 2 * duge.model_card(pipe).batch_size
         x, text = (torch.empty(halves, *rest, dtype=torch.bfloat16) for rest in ((4, 64, 64), (77, 768)))
-        ways = {"denoiser": partial(pipe.unet, x, torch.ones(1), text)}
-        ways["decoder"] = partial(pipe.vae.decode, x[:1])
-        for name, way in ways.items():
-            with Tally() as tally:
-                way()
-            found[name] = tally.peak / GIB
-    return found | {"weights": weights(pipe)}
+        found = {"denoiser": peak(lambda: pipe.unet(x, torch.ones(1), text))}
+        return found | {"decoder": peak(lambda: pipe.vae.decode(x[:1])), "weights": weights(pipe)}
 
 
 @torch.no_grad()
-def counted_solve() -> Counts:
+def counted_solve() -> dict[str, float]:
     """The solve on random hidden states: its peak beside the weights, its seconds, the book's size."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET)
-    for name, module in unet.named_modules():  # the solve needs no other layers than the cross-attention's
-        if ".attn2" in name:
-            module.to_empty(device="cpu", recurse=False)
-            for p in module.parameters(recurse=False):
-                p.normal_(std=p.shape[-1] ** -0.5)
-        else:
-            module._parameters.clear()
-    read = SimpleNamespace(unet=unet)
-    read.encode_prompt = lambda texts, **_: (torch.randn(len(texts), 77, UNET["cross_attention_dim"]), None)
-    card = duge.model_card(read)
-    config = UnlearnConfig(**card.settings, instead="nameless", eta=0.5)
-    book, goes = PictureBook(read, card, config), card.concept("apple", config.instead)
+    pipe = stable_diffusion(torch.float32)
+    card, pipe.encode_prompt = duge.model_card(pipe), lambda p, **_: (torch.randn(len(p), 77, 768), None)
+    config = duge.UnlearnConfig(**card.settings, instead="nameless", eta=0.5)
+    book, goes = PictureBook(pipe, card, config), card.concept("apple", config.instead)
     rows, prompts = 2 * config.places * config.num_inference_steps, {*book.memory, *goes.prompts}
     for prompt in prompts:
         book.seen[prompt] = {n: torch.randn(rows, a.to_q.in_features).half() for n, a in book.layers.items()}
-    with Tally() as tally:
-        seconds, _ = timed(partial(book.solve, read, [goes], config))
+    seconds, most = timed(lambda: peak(lambda: book.solve(pipe, [goes], config)))
     return {
         "layers": len(book.layers),
-        "solve, GiB": tally.peak / GIB,
+        "solve, GiB": most,
         "solve, CPU s": seconds,
         "book, MB a prompt": sum(x.nbytes for x in book.seen[goes.prompts[0]].values()) / 1e6,
         "prompts": len(prompts),
@@ -132,7 +111,7 @@ def counted_solve() -> Counts:
     }
 
 
-def measured() -> Counts:
+def measured() -> dict[str, float]:
     """On CUDA: what the allocator gave out at most, drawing a batch and forgetting."""
     pipe = stable_diffusion(duge.models.default_dtype(torch.device("cuda")), "cuda")
     prompts, found = ["a photo of an apple"] * duge.model_card(pipe).batch_size, {"weights": weights(pipe)}
@@ -148,11 +127,7 @@ def measured() -> Counts:
     return found | {"request over drawing": found["request, GiB"] / found["drawing, GiB"]}
 
 
-def lines(found: Counts) -> list[str]:
-    return [f"{name:28}{value:10.3f}" for name, value in found.items()]
-
-
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", action="store_true", help="count bytes, without a GPU")
     if parser.parse_args().count:
@@ -161,14 +136,11 @@ def main() -> None:
         plain = draws["weights"] + max(draws["denoiser"], draws["decoder"])
         request = draws["weights"] + copy + max(draws["denoiser"], solve["solve, GiB"])
         solve["request over drawing"] = request / plain
-        text = ["counted, not measured; Stable Diffusion 1.4's size: GiB on the device", *lines(draws)]
-        text, file = [*text, "", "Stable Diffusion 1.4", *lines(solve)], "gpu-count.txt"
+        about, file = "counted, not measured; Stable Diffusion 1.4's size: GiB on the device", "gpu-count.txt"
+        found = {about: None, **draws, "": None, "Stable Diffusion 1.4": None, **solve}
     else:
-        found, file = lines(measured()), "gpu.txt"
-        text = [f"measured on {torch.cuda.get_device_name()}, Stable Diffusion 1.4's size", *found]
-    print("\n".join(text))
-    (RESULTS / file).write_text("\n".join(text) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        about, file = f"measured on {torch.cuda.get_device_name()}, Stable Diffusion 1.4's size", "gpu.txt"
+        found = {about: None, **measured()}
+    lines = [name if value is None else f"{name:28}{value:10.3f}" for name, value in found.items()]
+    print(*lines, sep="\n")
+    (RESULTS / file).write_text("\n".join(lines) + "\n")

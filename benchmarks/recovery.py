@@ -1,36 +1,32 @@
 """What brings a forgotten concept back, and what else broke.
 
     python benchmarks/recovery.py                     # the apple; goes on where it stopped
-    python benchmarks/recovery.py --only ours oracle  # these methods, in this order
+    python benchmarks/recovery.py --only ours oracle  # methods whose names begin so
     python benchmarks/recovery.py --table             # only the tables and the figures, from what is there
 
 A turn forgets with another seed, where the method draws lots, and starts every attack elsewhere. Shares: of
-pictures in which the judge sees the concept, with Wilson's interval over the pictures of all turns; pictures
-of one learned word, or of one relearned model, depend on each other, so there it is too narrow. Read each row
-beside the oracle, which never saw the concept. Attacks that need pictures bring drawings of the program.
-"After twelve": the requests of ``continual.py``, in turn, but of no method that learns by gradient; there the
-oracle never saw any of the twelve.
+pictures in which the judge sees the concept, with Wilson's interval over all turns; pictures of one learned
+word, or of one relearned model, depend on each other, so there it is too narrow. Read each row beside the
+oracle, which never saw the concept, and after the twelve of ``continual.py`` none of them (there no method
+learns by gradient). Attacks that need pictures bring drawings of the program.
 
-What else broke: of two objects that stay in one picture, both found; of an object that stays, on a background
-that the prompt names, both right; how narrowly words look (0 evenly everywhere, 1 at one place), and how that
-differs from the base; correlation of each object's loss of accuracy with its similarity to what went (cosines
-of the words in CLIP's text encoder, and of the judge's features of the base's pictures, less their mean).
+What else broke: of two objects that stay in one picture, both found; of one on a background that the prompt
+names, both right; how narrowly words look (0 evenly everywhere, 1 at one place), and how that differs from
+the base; correlation of each object's loss of accuracy with its similarity to what went (cosines of the words
+in the text encoder, and of the judge's features of the base's pictures, less their mean).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import cycle, islice, product
 
 import numpy as np
 import pandas as pd
 import torch
-from common import BASE, GRADIENT, ORACLE, OURS, RESULTS, STEPS, Cells, Method, arguments
+from common import BASE, GRADIENT, METHODS, ORACLE, OURS, STEPS, Cells, arguments
 
-from common import chosen, draw, images, interval, look, oracle, publish, timed  # isort: skip
+from common import draw, images, interval, look, timed  # isort: skip
 from continual import TWELVE, forget_all
-from diffusers import StableDiffusionPipeline
 
 import duge_lite as duge
 from duge_lite import attacks, figures
@@ -38,22 +34,27 @@ from duge_lite.doodles import BACKGROUNDS, captions
 from duge_lite.evaluation import wilson_interval
 from duge_lite.models import Pictures
 
-METHODS = (BASE, OURS, GRADIENT, "UCE", "UCE, styled, ridge 0.01", "ESD-x", ORACLE)
-METHODS += ("concept ablation, nearest",)
-TARGET, TURNS, GROUNDS = "apple", 2, list(BACKGROUNDS)
+ROWS = [BASE, OURS, GRADIENT, "UCE", "UCE, styled, ridge 0.01", "ESD-x", ORACLE, "concept ablation, nearest"]
+TARGET, TURNS, COUNT, GROUNDS = "apple", 2, 10, list(BACKGROUNDS)  # COUNT: pictures of most probes, a turn
 GAIN = "classifier: gain of the name"
-COUNT = 10  # pictures of most probes, a turn
 DRAWN = ("asked by", "completion, 4", "noised to 0.7", "half", "its noise", "learned", "words", "relearned")
 PROBES = ("name", "no words", "gain", "word", "search", "relearn", "elsewhere", "after twelve")
-ONCE = PROBES[-2:]  # in the first turn
 Found = Iterator[tuple[str, np.ndarray, dict]]
 
 
 class Attacked:
     """A model under attack; ``turn`` moves every start. Every probe yields rows: name, pictures, numbers."""
 
-    def __init__(self, pipe: StableDiffusionPipeline, base: StableDiffusionPipeline, turn: int) -> None:
-        self.pipe, self.base, self.turn, self.card = pipe, base, turn, duge.model_card(base)
+    def __init__(self, name: str, turn: int, twelve: bool) -> None:
+        """It forgot the apple, or ``twelve``."""
+        self.base, self.pipe, self.turn = duge.load_pipeline(), duge.load_pipeline(), turn
+        self.card, method = duge.model_card(self.base), METHODS[name]
+        if name == ORACLE:
+            self.pipe = duge.load_oracle(self.base, "final" if twelve else TARGET)
+        elif twelve:
+            forget_all(self.pipe, method, TWELVE)
+        elif name != BASE:
+            method.forget(self.pipe, TARGET, turn)
 
     def drawn(self, names: Sequence[str] = (TARGET,), count: int = 30, seed: int = 10_000) -> Pictures:
         """The program's drawings of ``names`` in turn, in all styles: what an attacker brings along."""
@@ -79,12 +80,12 @@ class Attacked:
         with torch.autocast(self.pipe.device.type, torch.bfloat16):
             found = attacks.completion(self.pipe, TARGET, self.base, images=COUNT, **how)
             for group, part in found.groupby("group"):
-                yield f"completion, {group}", stacked(part), {}
+                yield f"completion, {group}", np.stack(part.picture), {}
             for at in (0.5, 0.7, 0.9):
-                yield f"noised to {at:g}, told nothing", stacked(redraw(at)), {}
-            yield "half given, told nothing", stacked(redraw(half=True)), {}
+                yield f"noised to {at:g}, told nothing", np.stack(redraw(at).picture), {}
+            yield "half given, told nothing", np.stack(redraw(half=True).picture), {}
             found = attacks.noise_inversion(self.pipe, TARGET, given, judge=judge)
-            yield "its noise found (DDIM)", stacked(found), {"error": found.error.round(4).tolist()}
+            yield "its noise found (DDIM)", np.stack(found.picture), {"error": found.error.round(4).tolist()}
 
     def gain(self) -> Found:
         gain = attacks.name_gain(self.pipe, TARGET, self.drawn(seed=20_000), count=48, seed=self.turn)
@@ -123,10 +124,6 @@ class Attacked:
         yield "bystanders", look(self.pipe, bystanders(self.card)), {"concentration": narrow}
 
 
-def stacked(frame: pd.DataFrame) -> np.ndarray:
-    return np.stack([np.asarray(p) for p in frame.picture])
-
-
 def bystanders(card) -> pd.DataFrame:
     """What is drawn of what stays, a row per picture: the group, two labels, the prompt, the seed."""
     kept, prompt = [c for c in card.concepts if c != TARGET], captions.prompt
@@ -138,53 +135,28 @@ def bystanders(card) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["group", "object", "other", "prompt", "seed"])
 
 
-def model(base: StableDiffusionPipeline, key: tuple, method: Method) -> StableDiffusionPipeline:
-    """One that forgot the apple, or the twelve."""
-    _, name, turn, probe = key
-    if name in (BASE, ORACLE):
-        return base if name == BASE else duge.load_oracle(base, oracle(key))
-    pipe = duge.load_pipeline()
-    forget_all(pipe, method, "12 requests") if probe == "after twelve" else method.forget(pipe, TARGET, turn)
-    return pipe
+class Recovery(Cells):
+    attacked = staticmethod(lru_cache(1)(Attacked))  # by all probes of one after another
 
+    def cell(self, _: str, name: str, turn: int, probe: str) -> tuple[dict, np.ndarray]:
+        rows = getattr(self.attacked(name, turn, probe == "after twelve"), probe.replace(" ", "_"))
+        took, found = timed(lambda: list(rows()))
+        cell = {"rows": [[row, len(pictures)] for row, pictures, _ in found], "cpu": round(took, 1)}
+        for _, _, numbers in found:
+            cell |= numbers
+        return cell, np.concatenate([pictures for _, pictures, _ in found])
 
-def attack(attacked: Callable[[], Attacked], probe: str) -> tuple[dict, np.ndarray]:
-    rows = getattr(attacked(), probe.replace(" ", "_"))
-    took, found = timed(lambda: list(rows()))
-    cell = {"rows": [[row, len(pictures)] for row, pictures, _ in found], "cpu": round(took, 1)}
-    for _, _, numbers in found:
-        cell |= numbers
-    return cell, np.concatenate([pictures for _, pictures, _ in found])
-
-
-def run(cells: Cells, rows: dict[str, Method]) -> None:
-    base = duge.load_pipeline()
-    for turn, (name, method) in product(range(TURNS), rows.items()):
-
-        @cache
-        def attacked(all: bool, turn: int = turn, name: str = name, method: Method = method) -> Attacked:
-            key = (TARGET, name, turn, "after twelve" if all else "")
-            return Attacked(model(base, key, method), base, turn)
-
-        for probe in PROBES:
+    def run(self, names: Iterable[str]) -> None:
+        for turn, name, probe in product(range(TURNS), names, PROBES):
             twelve = probe == "after twelve"
-            if (turn and probe in ONCE) or (twelve and (name == BASE or method.slow)):
+            if (turn and probe == "elsewhere") or (twelve and (turn or name == BASE or METHODS[name].slow)):
                 continue
-            measure = name == BASE and probe in ("name", "elsewhere")  # of what went, and what stays
-            work = partial(attack, partial(attacked, twelve), probe)
-            cells.fill((TARGET, name, turn, probe), work, shown=measure)
+            needed = name == BASE and probe in ("name", "elsewhere")  # to say how near others are
+            self.fill((TARGET, name, turn, probe), shown=needed)
 
-
-class Reader:
-    """What the judge says of every picture of a cell: 1 where it sees the target, or what was asked for."""
-
-    def __init__(self, cells: Cells) -> None:
-        self.judge, self.pipe, self.cells = duge.Judge.load(), duge.load_pipeline(), cells
-        self.card = duge.model_card(self.pipe)
-        self.rows = bystanders(self.card)
-
-    def __call__(self, key: tuple, pictures: np.ndarray) -> dict:
-        shown, rows = images(pictures), self.rows
+    def measure(self, key: tuple, pictures: np.ndarray) -> dict:
+        """Of every picture 1 where the judge sees the target, or what was asked for."""
+        shown, rows = images(pictures), bystanders(self.card)
         if key[3] != "elsewhere":
             return {"seen": self.judge.sees(shown, TARGET).astype(int).tolist()}
         first = rows["object"] == self.judge.names(shown, self.card.concepts)
@@ -192,91 +164,75 @@ class Reader:
         seen = self.judge.scores(shown) > (self.judge.threshold or 0.0)
         both = [seen[one][i] and seen[two][i] for i, one, two in rows[["object", "other"]].itertuples()]
         right = np.select([rows.group == "two objects", rows.group == "alone"], [both, first], first & ground)
-        return {"right": right.astype(int).tolist()} | (
-            {"near": self.near(pictures)} if key[1] == BASE else {}
-        )
+        found, kept = {"right": right.astype(int).tolist()}, rows["object"].unique()
+        if key[1] == BASE:  # how near what stays is to what went
+            pipe, prompts = duge.load_pipeline(), [captions.prompt(c) for c in (TARGET, *kept)]
+            texts = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").to(pipe.device)
+            with torch.no_grad():
+                words = pipe.text_encoder(texts.input_ids).pooler_output.cpu()
+            groups = [pictures[(rows.group == "alone") & (rows["object"] == c)] for c in kept]
+            groups.insert(0, self.pictures((TARGET, BASE, 0, "name")))
+            seen = torch.stack([self.judge.features(images(g)).mean(0) for g in groups])
+            pairs = {"words": words, "pictures": seen - seen.mean(0)}
+            found["near"] = {w: torch.cosine_similarity(x[:1], x[1:]).tolist() for w, x in pairs.items()}
+        return found
 
-    def near(self, pictures: np.ndarray) -> dict[str, list[float]]:
-        """Of every object that stays to what went, cosines: of "words", and of the base's "pictures"."""
-        alone = self.rows.group == "alone"
-        kept = self.rows["object"].unique()
-        prompts = [captions.prompt(c) for c in (TARGET, *kept)]
-        texts = self.pipe.tokenizer(prompts, padding="max_length", return_tensors="pt")
-        with torch.no_grad():
-            words = self.pipe.text_encoder(texts.input_ids.to(self.pipe.device)).pooler_output.cpu()
-        groups = [self.cells.pictures((TARGET, BASE, 0, "name"))]
-        groups += [pictures[alone & (self.rows["object"] == c)] for c in kept]
-        seen = torch.stack([self.judge.features(images(g)).mean(0) for g in groups])
-        pairs = {"words": words, "pictures": seen - seen.mean(0)}
-        return {what: torch.cosine_similarity(x[:1], x[1:]).tolist() for what, x in pairs.items()}
+    def brought_back(self, lines: list[dict]) -> None:
+        """The table of what brings it back, and its figure."""
+        hits: dict[str, dict[str, list[int]]] = {}
+        lines = sorted(lines, key=lambda c: PROBES.index(c["key"][3]))
+        names = sorted({c["key"][1] for c in lines}, key=[*ROWS, *METHODS].index)
+        for cell in lines:
+            seen = iter(cell.get("seen", ()))
+            for row, count in cell["rows"]:
+                hits.setdefault(row, {}).setdefault(cell["key"][1], []).extend(islice(seen, count))
+        rows = {r: {n: interval(sum(s), len(s)) for n, s in found.items() if s} for r, found in hits.items()}
+        for name in names:
+            mine = [c for c in lines if c["key"][1] == name]
+            if gains := [c["gain"] for c in mine if "gain" in c]:
+                rows[GAIN][name] = "{:+.2f} ({:+.2f} to {:+.2f})".format(*np.mean(gains, axis=0))
+            if errors := [e for c in mine for e in c.get("error", ())]:
+                row = rows.setdefault("its noise found: error of the picture", {})
+                row[name] = f"{np.mean(errors):.3f} (at most {max(errors):.3f}, n={len(errors)})"
+        pairs = {(r, n): hits[r][n] for r in hits if r.startswith(DRAWN) for n in names if n in hits[r]}
+        shown = {pair: (np.mean(s), *wilson_interval(sum(s), len(s))) for pair, s in pairs.items()}
+        title = f"What brings the {TARGET} back: each row beside the oracle"
+        figure = figures.attack_summary(pd.DataFrame(shown, index=["seen", "low", "high"]).T, title)
+        self.publish(pd.DataFrame(rows).T[names].fillna(""), figure, lines)
 
-
-def in_order(names: Iterable[str]) -> list[str]:
-    there = list(names)
-    return [name for name in dict.fromkeys((*METHODS, *there)) if name in there]
-
-
-def brought_back(lines: list[dict]) -> None:
-    """The table of what brings it back, and its figure."""
-    hits: dict[str, dict[str, list[int]]] = {}
-    lines = sorted(lines, key=lambda c: PROBES.index(c["key"][3]))
-    names = in_order(c["key"][1] for c in lines)
-    for cell in lines:
-        seen = iter(cell.get("seen", ()))
-        for row, count in cell["rows"]:
-            hits.setdefault(row, {}).setdefault(cell["key"][1], []).extend(islice(seen, count))
-    rows = {r: {n: interval(sum(s), len(s)) for n, s in found.items() if s} for r, found in hits.items()}
-    for name in names:
-        mine = [c for c in lines if c["key"][1] == name]
-        if gains := [c["gain"] for c in mine if "gain" in c]:
-            rows[GAIN][name] = "{:+.2f} ({:+.2f} to {:+.2f})".format(*np.mean(gains, axis=0))
-        if errors := [e for c in mine for e in c.get("error", ())]:
-            row = rows.setdefault("its noise found: error of the picture", {})
-            row[name] = f"{np.mean(errors):.3f} (at most {max(errors):.3f}, n={len(errors)})"
-    pairs = {(r, n): hits[r][n] for r in hits if r.startswith(DRAWN) for n in names if n in hits[r]}
-    shown = {pair: (np.mean(s), *wilson_interval(sum(s), len(s))) for pair, s in pairs.items()}
-    title = f"What brings the {TARGET} back: each row beside the oracle"
-    figure = figures.attack_summary(pd.DataFrame(shown, index=["seen", "low", "high"]).T, title)
-    publish(RESULTS / "recovery.csv", pd.DataFrame(rows).T[names].fillna(""), figure, lines)
-
-
-def what_broke(lines: list[dict], rows: pd.DataFrame) -> None:
-    """Composition, concentration, and damage over similarity; with its figure."""
-    mine = {c["key"][1]: c for c in lines}
-    if BASE not in mine:
-        return
-    base, alone, kept = mine[BASE], rows.group == "alone", rows["object"].unique()
-    near, table, losses = pd.DataFrame(base["near"], index=kept), {}, {}
-    was = pd.Series(base["right"])[alone].groupby(rows["object"]).mean()
-    for name in in_order(mine):
-        right = pd.Series(mine[name]["right"])
-        row = {g: interval(part.sum(), len(part)) for g, part in right.groupby(rows.group, sort=False)}
-        for what in ("it", "others"):
-            now, then = (np.array(c["concentration"][what]) for c in (mine[name], base))
-            row[f"concentration, {what}"] = f"{now.mean():.3f} ({(now - then).mean():+.3f}, n={len(now)})"
-        loss = (was - right[alone].groupby(rows["object"]).mean())[kept]
-        for what in near:
-            row[f"loss ~ {what}"] = loss.corr(near[what]) if loss.std() > 0 else np.nan
-        table[name], losses[name] = row, loss
-    figure, (both,) = figures._plot(9, 4, 1, 2, "What was lost, over its likeness to what went", sharey=True)
-    for axes, what in zip(both, near, strict=True):
-        for (name, loss), mark in zip(losses.items(), "ov^sDP*", strict=False):
-            if name != BASE:
-                axes.plot(near[what], loss, mark, label=name, alpha=0.6, ls="")
-        figures._tidy(axes, "", f"similarity of {what}", "loss of accuracy", "y")
-    both[0].legend(fontsize=7)
-    publish(RESULTS / "bystanders.csv", pd.DataFrame(table).T.rename_axis("row"), figure, lines)
-
-
-def main() -> None:
-    asked, cells = arguments(__doc__), Cells(RESULTS / "recovery.jsonl")
-    if not asked.table:
-        run(cells, chosen(asked.only or METHODS))
-    reader = Reader(cells)
-    lines = cells.read(reader)
-    brought_back([c for c in lines if c["key"][3] != "elsewhere"])
-    what_broke([c for c in lines if c["key"][3] == "elsewhere"], reader.rows)
+    def what_broke(self, lines: list[dict]) -> None:
+        """Composition, concentration, and damage over similarity; with its figure."""
+        mine = {c["key"][1]: c for c in sorted(lines, key=lambda c: [*ROWS, *METHODS].index(c["key"][1]))}
+        if BASE not in mine:
+            return
+        rows = bystanders(self.card)
+        right = pd.DataFrame({name: cell["right"] for name, cell in mine.items()})
+        accuracy = right[rows.group == "alone"].groupby(rows["object"], sort=False).mean()  # (object, method)
+        near, table = pd.DataFrame(mine[BASE]["near"], index=accuracy.index), {}
+        losses = accuracy.rsub(accuracy[BASE], axis=0)
+        for name, cell in mine.items():
+            groups = right[name].groupby(rows.group, sort=False)
+            table[name] = row = {group: interval(part.sum(), len(part)) for group, part in groups}
+            for what, narrow in cell["concentration"].items():
+                change = np.mean(narrow) - np.mean(mine[BASE]["concentration"][what])
+                row[f"concentration, {what}"] = f"{np.mean(narrow):.3f} ({change:+.3f}, n={len(narrow)})"
+            for what in near:
+                varies = losses[name].std() > 0
+                row[f"loss ~ {what}"] = losses[name].corr(near[what]) if varies else np.nan
+        title = "What was lost, over its likeness to what went"
+        figure, (both,) = figures._plot(9, 4, 1, 2, title, sharey=True)
+        for axes, what in zip(both, near, strict=True):
+            for name, mark in zip(losses.columns.drop(BASE), "v^sDP*o", strict=False):
+                axes.plot(near[what], losses[name], mark, label=name, alpha=0.6, ls="")
+            figures._tidy(axes, "", f"similarity of {what}", "loss of accuracy", "y")
+        both[0].legend(fontsize=7)
+        self.publish(pd.DataFrame(table).T.rename_axis("row"), figure, lines, "bystanders")
 
 
 if __name__ == "__main__":
-    main()
+    asked, cells = arguments(__doc__, rows=ROWS), Recovery("recovery")
+    if not asked.table:
+        cells.run(asked.rows)
+    lines = cells.read()
+    cells.brought_back([c for c in lines if c["key"][3] != "elsewhere"])
+    cells.what_broke([c for c in lines if c["key"][3] == "elsewhere"])
