@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 import duge_lite as duge
 from duge_lite import baselines, figures
@@ -25,19 +23,17 @@ from duge_lite.evaluation import wilson_interval
 from duge_lite.gradient import DUGE, Objective
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = 10
-BASE, ORACLE = "base", "oracle"
+STEPS, BASE, ORACLE = 10, "base", "oracle"
 OURS, GRADIENT = "ours (DUGE's losses, solved)", "DUGE's losses, by gradient"
-BEST = (GRADIENT, "ESD-x, prior 1", "concept ablation, nearest")
-"""Of each method that learns by gradient the row that runs on every target; other rows run on the apple."""
+BEST = (GRADIENT, "ESD-x, prior 1", "concept ablation, nearest")  # of those that learn by gradient
 
 
 @dataclass(frozen=True)
 class Method:
     """How one row of the tables forgets: by the settings of ours or of a baseline's, or UCE."""
 
-    config: duge.UnlearnConfig | None = None
     objective: Objective = DUGE
+    config: duge.UnlearnConfig | None = None
     uce: Mapping[str, object] | None = None
 
     @property
@@ -51,43 +47,36 @@ class Method:
         return duge.unlearn(pipe, concepts, config, objective=self.objective, progress=False)
 
 
-def _of(pair: tuple[Objective, duge.UnlearnConfig], **changes: object) -> Method:
-    return Method(replace(pair[1], **changes), pair[0])
-
-
-SOLVED = DUGE, duge.UnlearnConfig()
-LEARNED = DUGE, duge.UnlearnConfig(solver="gradient", instead="nameless", eta=0.5)
-ESD, STAR = baselines.esd(), baselines.concept_ablation("star")
-METHODS = {
-    OURS: _of(SOLVED),
-    "solved, values": _of(SOLVED, solve="values", eta=0.0),
-    "solved, nameless": _of(SOLVED, instead="nameless", eta=0.5),
-    "solved, star": _of(SOLVED, instead="star"),
-    GRADIENT: _of(LEARNED),
-    "  without attention": _of(LEARNED, lambda_attention=0.0),
-    "  without prior": _of(LEARNED, lambda_prior=0.0),
-    "  without regularization": _of(LEARNED, lambda_regularization=0.0),
+LEARNED = duge.UnlearnConfig(solver="gradient", instead="nameless", eta=0.5)
+ESD, PLAIN_ESD = baselines.esd()
+METHODS = {  # ours, and each baseline as published and in a small sweep of its settings
+    OURS: Method(DUGE, duge.UnlearnConfig()),
+    "solved, values": Method(DUGE, duge.UnlearnConfig(solve="values", eta=0.0)),
+    "solved, nameless": Method(DUGE, duge.UnlearnConfig(instead="nameless", eta=0.5)),
+    "solved, star": Method(DUGE, duge.UnlearnConfig(instead="star")),
+    GRADIENT: Method(DUGE, LEARNED),
+    "  without attention": Method(DUGE, replace(LEARNED, lambda_attention=0.0)),
+    "  without prior": Method(DUGE, replace(LEARNED, lambda_prior=0.0)),
+    "  without regularization": Method(DUGE, replace(LEARNED, lambda_regularization=0.0)),
     "UCE": Method(uce={}),
     "UCE, ridge 0.1": Method(uce={"ridge": 0.1}),
     "UCE, styled": Method(uce={"styled": True}),
     "UCE, styled, ridge 0.1": Method(uce={"styled": True, "ridge": 0.1}),
     "UCE, styled, ridge 0.01": Method(uce={"styled": True, "ridge": 0.01}),
-    "ESD-x": _of(ESD),
-    "ESD-x, lr 3e-4": _of(ESD, lr=3e-4),
-    "ESD-x, prior 1": _of(ESD, lambda_prior=1.0),
-    "concept ablation": _of(STAR),
-    "concept ablation, prior 1": _of(STAR, lambda_prior=1.0),
-    "concept ablation, nearest": _of(STAR, lambda_prior=1.0, instead="nearest"),
-    "gradient ascent": _of(baselines.gradient_ascent()),
+    "ESD-x": Method(ESD, PLAIN_ESD),
+    "ESD-x, lr 3e-4": Method(ESD, replace(PLAIN_ESD, lr=3e-4)),
+    "ESD-x, prior 1": Method(ESD, replace(PLAIN_ESD, lambda_prior=1.0)),
+    "concept ablation": Method(*baselines.concept_ablation("star")),
+    "concept ablation, prior 1": Method(*baselines.concept_ablation("star", 1.0)),
+    "concept ablation, nearest": Method(*baselines.concept_ablation("nearest", 1.0)),
+    "gradient ascent": Method(*baselines.gradient_ascent()),
     ORACLE: Method(),
     BASE: Method(),
 }
-"""Every row: ours, and each baseline as published and in a small sweep of its settings."""
 
 
 @cache
 def digest(*files: str) -> str:
-    """Which weights were used: other ones make old cells worthless."""
     return hashlib.sha256(b"".join((duge.data_dir() / f).read_bytes() for f in files)).hexdigest()[:8]
 
 
@@ -113,17 +102,10 @@ def look(pipe, rows: pd.DataFrame, again: pd.Series | None = None) -> np.ndarray
     return draw(pipe, list(rows.prompt), rows.seed)
 
 
-def images(pictures: np.ndarray) -> list[Image.Image]:
-    return [Image.fromarray(p) for p in pictures]
-
-
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+def timed(action: Callable) -> tuple:
     """Processor seconds, on CUDA those of the clock, and what came out."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    started = clock()
-    found = action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    started, found = clock(), action()
     return clock() - started, found
 
 

@@ -1,8 +1,7 @@
 """Twelve requests, one after another; and sixteen of the twenty objects.
 
-    python benchmarks/continual.py                  # everything; goes on where it stopped
-    python benchmarks/continual.py --only ours UCE  # rows whose names begin so
-    python benchmarks/continual.py --table          # only the table and the figure, from what is there
+    python benchmarks/continual.py          # everything; goes on where it stopped; --only UCE: some rows
+    python benchmarks/continual.py --table  # only the table and the figure, from what is there
 
 Each cell forgets ten objects and two styles, then draws 10 photos of every object and 20 pictures in every
 style. What the exact solver leaves does not depend on the order: the largest relative difference between the
@@ -18,7 +17,7 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from common import BASE, BEST, METHODS, ORACLE, OURS, Cells, Method, arguments, images, interval, look, timed
+from common import BASE, BEST, METHODS, ORACLE, OURS, Cells, Method, arguments, interval, look, timed
 
 import duge_lite as duge
 from duge_lite import figures
@@ -32,7 +31,6 @@ TWELVE = (*OBJECTS, "neon", "mosaic")
 SIXTEEN = (*OBJECTS, "orange", "parachute", "backpack", "bow tie", "computer mouse", "gas pump")
 WORLDS = {"12 requests": TWELVE, "16 of 20 objects": SIXTEEN}
 FIRST, ANY = "12 requests", "any"
-PHOTOS, STYLED, SEED = 10, 20, 10_000
 
 
 def forget_all(pipe, method: Method, names: Sequence[str]) -> list[float]:
@@ -59,19 +57,18 @@ class Continual(Cells):
     @cached_property
     def rows(self) -> pd.DataFrame:
         """What is drawn, a row per picture: object, style, seed, prompt. Photos stand first."""
-        card = self.card
-        rows = [(c, "photo", SEED + i) for c in card.concepts for i in range(PHOTOS)]
-        rows += [(card.concepts[i % 20], s, SEED + 500 + i) for s in card.styles[1:] for i in range(STYLED)]
+        card, rows = self.card, [(c, "photo", 10_000 + i) for c in self.card.concepts for i in range(10)]
+        rows += [(card.concepts[i % 20], s, 10_500 + i) for s in card.styles[1:] for i in range(20)]
         prompts = [card.prompt(c, s) for c, s, _ in rows]
         return pd.DataFrame(rows, columns=["object", "style", "seed"]).assign(prompt=prompts)
 
     def cell(self, world: str, name: str, _: int) -> tuple[dict, np.ndarray]:
-        pipe, method, cost = duge.load_pipeline(), METHODS[name], {}
+        pipe, method = duge.load_pipeline(), METHODS[name]
         if name == BASE:  # the photos again: what KID is without forgetting
             return {}, look(pipe, self.rows, self.rows["style"] == "photo")
         if name == ORACLE:
             return {}, look(duge.load_oracle(pipe, "final"), self.rows)
-        cost["cpu"] = forget_all(pipe, method, WORLDS[world])
+        cost = {"cpu": forget_all(pipe, method, WORLDS[world])}
         if name == OURS and world == FIRST:
             cost["between orders"] = between_orders(pipe, method)
         return cost, look(pipe, self.rows)
@@ -84,8 +81,7 @@ class Continual(Cells):
 
     def measure(self, key: tuple, pictures: np.ndarray) -> dict:
         rows, gone, mine = self.rows, set(WORLDS.get(key[0], TWELVE)), pictures[: len(self.rows)]
-        among = self.card.concepts, self.card.styles
-        saw, style = (pd.Series(self.judge.names(images(mine), names)) for names in among)
+        saw, style = (pd.Series(self.judge.names(mine, k)) for k in (self.card.concepts, self.card.styles))
         photo, asked, styled = rows["style"] == "photo", rows["object"].isin(gone), rows["style"].isin(gone)
         right, right_style = rows["object"] == saw, rows["style"] == style
         counts = {
@@ -97,8 +93,7 @@ class Continual(Cells):
         }
         found = {name: [int(hits.sum()), len(hits)] for name, hits in counts.items()}
         base, stays = self.pictures((ANY, BASE, 0)), np.flatnonzero(~asked & photo)
-        others = images(base[len(rows) :][stays])
-        far, own = (kid(others, images(p[stays]), self.judge) for p in (mine, base))
+        far, own = (kid(base[len(rows) :][stays], p[stays], self.judge) for p in (mine, base))
         return found | {"KID over base": far - own}
 
     def summarise(self) -> None:

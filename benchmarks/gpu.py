@@ -68,11 +68,6 @@ def stable_diffusion(dtype: torch.dtype, device: str = "cpu") -> StableDiffusion
     return pipe
 
 
-def weights(pipe: StableDiffusionPipeline) -> float:
-    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
-    return sum(p.nbytes for part in parts for p in part.parameters()) / GIB
-
-
 def peak(way: Callable[[], object]) -> float:
     with Tally() as tally:
         way()
@@ -87,7 +82,9 @@ def counted_drawing() -> dict[str, float]:
         halves = 2 * duge.model_card(pipe).batch_size
         x, text = (torch.empty(halves, *rest, dtype=torch.bfloat16) for rest in ((4, 64, 64), (77, 768)))
         found = {"denoiser": peak(lambda: pipe.unet(x, torch.ones(1), text))}
-        return found | {"decoder": peak(lambda: pipe.vae.decode(x[:1])), "weights": weights(pipe)}
+        found["decoder"] = peak(lambda: pipe.vae.decode(x[:1]))
+    all_weights = (p for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
+    return found | {"weights": sum(p.nbytes for p in all_weights) / GIB}
 
 
 @torch.no_grad()
@@ -114,7 +111,8 @@ def counted_solve() -> dict[str, float]:
 def measured() -> dict[str, float]:
     """On CUDA: what the allocator gave out at most, drawing a batch and forgetting."""
     pipe = stable_diffusion(duge.models.default_dtype(torch.device("cuda")), "cuda")
-    prompts, found = ["a photo of an apple"] * duge.model_card(pipe).batch_size, {"weights": weights(pipe)}
+    prompts = ["a photo of an apple"] * duge.model_card(pipe).batch_size
+    found = {"weights": torch.cuda.memory_allocated() / GIB}
     ways = {
         "drawing": partial(duge.sample, pipe, prompts, 0, 10),
         "request": partial(duge.unlearn, pipe, "apple", progress=False),

@@ -1,8 +1,7 @@
 """What brings a forgotten concept back, and what else broke.
 
-    python benchmarks/recovery.py                     # the apple; goes on where it stopped
-    python benchmarks/recovery.py --only ours oracle  # methods whose names begin so
-    python benchmarks/recovery.py --table             # only the tables and the figures, from what is there
+    python benchmarks/recovery.py          # goes on where it stopped; --only ours oracle: some rows
+    python benchmarks/recovery.py --table  # only the tables and the figures, from what is there
 
 A turn forgets with another seed, where the method draws lots, and starts every attack elsewhere. Shares: of
 pictures in which the judge sees the concept, with Wilson's interval over all turns; pictures of one learned
@@ -23,9 +22,7 @@ from itertools import cycle, islice, product
 import numpy as np
 import pandas as pd
 import torch
-from common import BASE, GRADIENT, METHODS, ORACLE, OURS, STEPS, Cells, arguments
-
-from common import draw, images, interval, look, timed  # isort: skip
+from common import BASE, GRADIENT, METHODS, ORACLE, OURS, STEPS, Cells, arguments, draw, interval, look, timed
 from continual import TWELVE, forget_all
 
 import duge_lite as duge
@@ -100,8 +97,8 @@ class Attacked:
 
     def search(self) -> Found:
         *_, state = attacks.search_steps(self.pipe, TARGET, self.drawn(), seed=self.turn)
-        pictures = self.asked([f"{captions.nameless()} of {state.words}"], 60_000)
-        yield "words of the vocabulary, sought", pictures, {"words": state.words}
+        asked = [f"{captions.nameless()} of {state.words}"]
+        yield "words of the vocabulary, sought", self.asked(asked, 60_000), {"words": state.words}
 
     def relearn(self, prefix: str = "") -> Found:
         others = [c for c in self.card.concepts if c not in (TWELVE if prefix else (TARGET,))]
@@ -118,9 +115,8 @@ class Attacked:
     def elsewhere(self) -> Found:
         kept, narrow = [c for c in self.card.concepts if c != TARGET], {}
         for what, names in (("it", [TARGET] * 4), ("others", kept[::4])):
-            traces = [duge.trace(self.pipe, captions.prompt(c), i, STEPS) for i, c in enumerate(names)]
-            looks = zip(traces, names, strict=True)
-            narrow[what] = [round(float(t.concentration(c).mean()), 4) for t, c in looks]
+            maps = [(duge.trace(self.pipe, captions.prompt(c), i, STEPS), c) for i, c in enumerate(names)]
+            narrow[what] = [round(float(m.concentration(c).mean()), 4) for m, c in maps]
         yield "bystanders", look(self.pipe, bystanders(self.card)), {"concentration": narrow}
 
 
@@ -139,11 +135,10 @@ class Recovery(Cells):
     attacked = staticmethod(lru_cache(1)(Attacked))  # by all probes of one after another
 
     def cell(self, _: str, name: str, turn: int, probe: str) -> tuple[dict, np.ndarray]:
-        rows = getattr(self.attacked(name, turn, probe == "after twelve"), probe.replace(" ", "_"))
-        took, found = timed(lambda: list(rows()))
+        attack = getattr(self.attacked(name, turn, probe == "after twelve"), probe.replace(" ", "_"))
+        took, found = timed(lambda: list(attack()))
         cell = {"rows": [[row, len(pictures)] for row, pictures, _ in found], "cpu": round(took, 1)}
-        for _, _, numbers in found:
-            cell |= numbers
+        cell |= {name: number for _, _, numbers in found for name, number in numbers.items()}
         return cell, np.concatenate([pictures for _, pictures, _ in found])
 
     def run(self, names: Iterable[str]) -> None:
@@ -151,17 +146,16 @@ class Recovery(Cells):
             twelve = probe == "after twelve"
             if (turn and probe == "elsewhere") or (twelve and (turn or name == BASE or METHODS[name].slow)):
                 continue
-            needed = name == BASE and probe in ("name", "elsewhere")  # to say how near others are
-            self.fill((TARGET, name, turn, probe), shown=needed)
+            self.fill((TARGET, name, turn, probe), shown=name == BASE and probe in ("name", "elsewhere"))
 
     def measure(self, key: tuple, pictures: np.ndarray) -> dict:
         """Of every picture 1 where the judge sees the target, or what was asked for."""
-        shown, rows = images(pictures), bystanders(self.card)
+        rows = bystanders(self.card)
         if key[3] != "elsewhere":
-            return {"seen": self.judge.sees(shown, TARGET).astype(int).tolist()}
-        first = rows["object"] == self.judge.names(shown, self.card.concepts)
-        ground = rows.other == self.judge.names(shown, [f"{g} background" for g in GROUNDS])
-        seen = self.judge.scores(shown) > (self.judge.threshold or 0.0)
+            return {"seen": self.judge.sees(pictures, TARGET).astype(int).tolist()}
+        first = rows["object"] == self.judge.names(pictures, self.card.concepts)
+        ground = rows.other == self.judge.names(pictures, [f"{g} background" for g in GROUNDS])
+        seen = self.judge.scores(pictures) > (self.judge.threshold or 0.0)
         both = [seen[one][i] and seen[two][i] for i, one, two in rows[["object", "other"]].itertuples()]
         right = np.select([rows.group == "two objects", rows.group == "alone"], [both, first], first & ground)
         found, kept = {"right": right.astype(int).tolist()}, rows["object"].unique()
@@ -170,11 +164,11 @@ class Recovery(Cells):
             texts = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").to(pipe.device)
             with torch.no_grad():
                 words = pipe.text_encoder(texts.input_ids).pooler_output.cpu()
-            groups = [pictures[(rows.group == "alone") & (rows["object"] == c)] for c in kept]
-            groups.insert(0, self.pictures((TARGET, BASE, 0, "name")))
-            seen = torch.stack([self.judge.features(images(g)).mean(0) for g in groups])
-            pairs = {"words": words, "pictures": seen - seen.mean(0)}
-            found["near"] = {w: torch.cosine_similarity(x[:1], x[1:]).tolist() for w, x in pairs.items()}
+            groups = (pictures[(rows.group == "alone") & (rows["object"] == c)] for c in kept)
+            groups = [self.pictures((TARGET, BASE, 0, "name")), *groups]
+            seen = torch.stack([self.judge.features(g).mean(0) for g in groups])
+            pairs = ("words", words), ("pictures", seen - seen.mean(0))
+            found["near"] = {what: torch.cosine_similarity(x[:1], x[1:]).tolist() for what, x in pairs}
         return found
 
     def brought_back(self, lines: list[dict]) -> None:

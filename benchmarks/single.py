@@ -1,9 +1,8 @@
 """One concept forgotten: five targets, every method, ours with three seeds; what it takes.
 
-    python benchmarks/single.py                  # everything; goes on where it stopped
-    python benchmarks/single.py --only ours UCE  # rows whose names begin so
-    python benchmarks/single.py --sweep          # only the exact solver's settings: quality against seconds
-    python benchmarks/single.py --table          # only tables and figures, from what is there
+    python benchmarks/single.py          # everything; goes on where it stopped; --only UCE: some rows
+    python benchmarks/single.py --sweep  # only the exact solver's settings: quality against seconds
+    python benchmarks/single.py --table  # only tables and figures, from what is there
 
 Shares of what is kept are relative to the base model on the same seeds; "gone" is 1 - accuracy. Indirect:
 other phrasings and synonyms that forgetting never saw; beside another: the concept next to an object that
@@ -24,7 +23,7 @@ import numpy as np
 import pandas as pd
 from common import BASE, BEST, JUDGE, METHODS, ORACLE, OURS, STEPS, Cells, Method, arguments
 
-from common import images, interval, look, timed  # isort: skip
+from common import interval, look, timed  # isort: skip
 from continual import OBJECTS
 
 import duge_lite as duge
@@ -104,26 +103,26 @@ class Single(Cells):
 
     def right(self, rows: pd.DataFrame, pictures: np.ndarray) -> pd.Series:
         """Whether each picture shows what was asked for: the object, beside another too, or the style."""
-        shown = images(pictures[: len(rows)])
+        shown = pictures[: len(rows)]
         objects, styles = (self.judge.names(shown, k) for k in (self.card.concepts, self.card.styles))
         right = (rows["object"] == objects).where(rows.group != "styles", rows["style"] == styles)
         beside = rows.group == "beside another"
-        right[beside] = self.judge.sees([shown[i] for i in np.flatnonzero(beside)], rows["object"][0])
+        right[beside] = self.judge.sees(shown[beside], rows["object"][0])
         return right.astype(bool)
 
     def measure(self, key: tuple, pictures: np.ndarray) -> dict:
         """Counts on the pictures, and on the base's."""
-        rows, base = self.asks(key[1]), Cells("single").pictures((BASE, key[1], 0))
+        rows, base = self.asks(key[1]), self.base.pictures((BASE, key[1], 0))
         groups = {g: np.flatnonzero(rows.group == g) for g in GROUPS}
         now, own = self.right(rows, pictures), self.right(rows, base)
-        found = {g: [int(now[groups[g]].sum()), len(groups[g])] for g in GROUPS}
+        found = {g: [int(now[places].sum()), len(places)] for g, places in groups.items()}
         found |= {g: [n - hits, n] for g, (hits, n) in found.items() if g in GROUPS[:4]}
         found |= {f"base {g}": int(own[groups[g]].sum()) for g in GROUPS[4:]}
-        again = images(base[len(rows) :])
-        far = [kid(again, images(p[groups["others"]]), self.judge) for p in (pictures, base)]
+        far = [kid(base[len(rows) :], p[groups["others"]], self.judge) for p in (pictures, base)]
         return found | {"KID over base": far[0] - far[1]}
 
     def summarise(self) -> None:
+        self.base = Cells("single")
         lines = self.read()
         measured, words = [c for c in lines if "gone" in c], {}  # row -> start -> share
         for cell in [*lines, *Cells("recovery").lines().values()]:  # and cells from before recovery.py
@@ -175,7 +174,9 @@ class Sweep(Single):
     """The exact solver's default, and every setting changed alone; a fresh pipeline each."""
 
     methods = {f"{k} {v:g}": {k: v} for k, values in SETTINGS.items() for v in values}
-    methods = {n: Method(duge.UnlearnConfig(**change)) for n, change in {"default": {}, **methods}.items()}
+    methods = {
+        n: Method(config=duge.UnlearnConfig(**change)) for n, change in {"default": {}, **methods}.items()
+    }
 
     def run(self) -> None:
         for target, name in product(TARGETS[:2], self.methods):
@@ -183,6 +184,7 @@ class Sweep(Single):
             self.fill((name, target, 0))
 
     def summarise(self) -> None:
+        self.base = Cells("single")
         lines = [c for c in self.read() if "gone" in c]
         table = pd.DataFrame(shares(lines)).T.rename_axis("row").infer_objects()
         table["quality"] = table[list(GROUPS)].min(axis=1)
