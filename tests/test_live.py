@@ -132,30 +132,23 @@ def test_it_forgets_what_the_library_forgets_from_the_same_states(page, pack, pi
         assert far(forgot, base) > 50, "something else is drawn"
 
 
-@pytest.fixture
-def engine(page, pack):
-    """Asks the page's own engine, by a script that has ``make(plain)`` and ``given``."""
-    page.add_script_tag(path=ROOT / "build" / "live" / pack.digest() / "model.js")
-    make = """const { data, ...about } = window.dugeLive.model;
-      function make(plain) {
-        const engine = dugeEngine(plain);
-        engine.load(data); engine.setTokenizer(about);
-        return engine;
-      }"""
-    return lambda script, *given: page.evaluate(f"(given) => {{ {make} {script} }}", given)
-
-
-def test_words_noise_and_the_slow_product_are_the_same(engine, pipe):
+def test_words_noise_and_the_slow_product_are_the_same(page, pack, pipe):
     prompts = duge.model_card(pipe).memory_prompts()
     prompts += ["A  toadstool, and 12 shades'll!", "a calabrese in front of a pink wall", "star " * 30]
-    script = """const [prompts, seed] = given, out = {};
-      for (const plain of [false, true]) {
-        const engine = make(plain), x = engine.noise(seed);
-        out[engine.means()] = [...engine.denoise(x, 700, engine.encode("a photo of an apple"))];
-        out.noise = [...x]; out.tokens = prompts.map(engine.tokens);
-      }
-      return out;"""
-    found = engine(script, prompts, 11)
+    page.add_script_tag(path=ROOT / "build" / "live" / pack.digest() / "model.js")
+    found = page.evaluate(
+        """([prompts, seed]) => {
+          const { data, ...about } = window.dugeLive.model, out = {};
+          for (const plain of [false, true]) {
+            const engine = dugeEngine(plain), x = engine.noise(seed);
+            engine.load(data); engine.setTokenizer(about);
+            out[engine.means()] = [...engine.denoise(x, 700, engine.encode("a photo of an apple"))];
+            out.noise = [...x]; out.tokens = prompts.map(engine.tokens);
+          }
+          return out;
+        }""",
+        [prompts, 11],
+    )
     padded = pipe.tokenizer(prompts, padding="max_length", max_length=24, truncation=True).input_ids
     assert found["tokens"] == padded
     drawn = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(11)).flatten().numpy()
@@ -163,12 +156,20 @@ def test_words_noise_and_the_slow_product_are_the_same(engine, pipe):
     np.testing.assert_allclose(found["JavaScript"], found["WebAssembly"], atol=1e-4)
 
 
-def test_words_are_listened_to_where_the_trace_says(engine, pipe):
+def test_words_are_listened_to_where_the_trace_says(page, pack, pipe):
     prompt = "a photo of a backpack next to a house"  # a word of two tokens, a word that comes twice
-    script = """let last;
-      for (last of make(false).sample(...given, 3, 4));
-      return Object.entries(last.maps).map(([word, map]) => [word, [...map]]);"""
-    found, trace = engine(script, prompt, 3), duge.trace(pipe, prompt, seed=3, num_inference_steps=3)
+    page.add_script_tag(path=ROOT / "build" / "live" / pack.digest() / "model.js")
+    found = page.evaluate(
+        """([prompt, seed]) => {
+          const { data, ...about } = window.dugeLive.model, engine = dugeEngine(false);
+          engine.load(data); engine.setTokenizer(about);
+          let last;
+          for (last of engine.sample(prompt, seed, 3, 4));
+          return Object.entries(last.maps).map(([word, map]) => [word, [...map]]);
+        }""",
+        [prompt, 3],
+    )
+    trace = duge.trace(pipe, prompt, seed=3, num_inference_steps=3)
     assert [word for word, _ in found] == list(dict.fromkeys(trace.words))
     for word, values in found:
         np.testing.assert_allclose(values, trace.word(word).ravel(), atol=1e-3)
