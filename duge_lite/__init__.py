@@ -17,7 +17,7 @@ import diffusers as _diffusers  # noqa: E402
 _diffusers.StableDiffusionPipeline  # noqa: B018 (imported lazily: touch it while it is quiet)
 _logging.set_verbosity(_verbosity)
 
-from . import checks, doodles, errors, losses, unlearning  # noqa: E402
+from . import checks, doodles, errors, losses  # noqa: E402
 from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
 from .concepts import Concept, ModelCard, UnlearnConfig, model_card  # noqa: E402
 from .evaluation import ClipJudge, Judge, evaluate  # noqa: E402
