@@ -112,8 +112,7 @@ def test_nothing_is_fetched(tokenizer):
     for _, attributes in reader.tags:
         for name in ("src", "href", "srcset", "data", "action"):
             assert attributes.get(name, "data:").startswith("data:")
-    without_svg = page.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
-    assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(|@import|url\(", without_svg)
+    assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(|@import|url\(", page)
 
 
 NASTY = """</script><script>alert(1)</script> "quoted" '&amp;' <img src=x onerror=alert(2)> \u2028 é"""
