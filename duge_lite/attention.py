@@ -5,26 +5,24 @@
 
 Hooks on the ``attn2`` modules see what these are given: the model, its attention processors and arithmetic
 stay as they are, and pictures are the same to the bit. All of it is ours, but for scaling one word's
-attention (prompt-to-prompt, Hertz et al., arXiv 2208.01626) and watching a pipeline at work (DAAM, Tang et
-al., arXiv 2210.04885).
+attention (prompt-to-prompt, Hertz et al., arXiv 2208.01626) and its maps by word (DAAM, Tang et al., arXiv
+2210.04885).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import EllipsisType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor
@@ -37,8 +35,8 @@ Size = tuple[int, int]
 
 def cross_attention_layers(unet: torch.nn.Module) -> dict[str, Attention]:
     """The cross-attention modules (``attn2``) by name, in forward order; NoCrossAttentionError if none."""
-    found = {name: part for name, part in unet.named_modules() if name.split(".")[-1] == "attn2"}
-    layers = {n: part for n, part in found.items() if isinstance(part, Attention) and part.is_cross_attention}
+    parts = {n: p for n, p in unet.named_modules() if n.endswith("attn2") and isinstance(p, Attention)}
+    layers = {name: part for name, part in parts.items() if part.is_cross_attention}
     if not layers:
         message = "has no cross-attention: expected a UNet with `attn2` modules that read a text"
         raise NoCrossAttentionError(f"{type(unet).__name__} {message}")
@@ -77,11 +75,8 @@ def attention_maps(layer: Attention, hidden: Tensor, text: Tensor, mask: Tensor 
 class AttentionRecorder:
     """What the cross-attention layers did in the last forward pass, by layer name in forward order."""
 
-    layers: tuple[str, ...]
-    size: Size | None = None  # (H, W) of the latents
     probs: dict[str, Tensor] = field(default_factory=dict)  # (B, heads, H*W, T), the last axis sums to 1
     outputs: dict[str, Tensor] = field(default_factory=dict)  # after `to_out` (B, H*W, C)
-    sizes: dict[str, Size] = field(default_factory=dict)  # (H, W) of each layer
     stopped: bool = False
 
     def stop(self) -> None:
@@ -93,23 +88,17 @@ class AttentionRecorder:
 
 @contextmanager
 def record_attention(
-    unet: torch.nn.Module, size: Size | None = None, probs: bool = True, outputs: bool = False
+    unet: torch.nn.Module, probs: bool = True, outputs: bool = False
 ) -> Iterator[AttentionRecorder]:
     """Records the cross-attention of every forward pass made inside the ``with`` block.
 
-    Gradients flow through what is recorded unless the pass runs under ``torch.no_grad()``; with gradient
-    checkpointing call ``backward`` inside the block. ``size`` is that of the latents, by default of what the
-    UNet is given; ``probs`` and ``outputs`` say what is kept. Raises NoCrossAttentionError when there is
-    nothing to record, ValueError when ``size`` does not fit what the layers see.
+    ``probs`` and ``outputs`` say what is kept. Gradients flow through it unless the pass runs under
+    ``torch.no_grad()``; with gradient checkpointing call ``backward`` inside the block. Raises
+    NoCrossAttentionError when there is nothing to record.
     """
-    layers = cross_attention_layers(unet)
-    recorder = AttentionRecorder(tuple(layers), size)
-
-    def measure(_, args: tuple, kwargs: dict) -> None:
-        recorder.size = size or tuple((args[0] if args else kwargs["sample"]).shape[-2:])
+    recorder = AttentionRecorder()
 
     def keep(name: str, layer: Attention, args: tuple, kwargs: dict, output: Tensor) -> None:
-        recorder.sizes[name] = layer_size(args[0].shape[1], recorder.size)
         kept = {"outputs": output} if outputs else {}
         if probs:  # also when it is stopped: checkpointing wants the same again
             text, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
@@ -119,8 +108,7 @@ def record_attention(
                 getattr(recorder, what)[name] = value
 
     with ExitStack() as hooks:
-        hooks.callback(unet.register_forward_pre_hook(measure, with_kwargs=True).remove)
-        for name, layer in layers.items():
+        for name, layer in cross_attention_layers(unet).items():
             hooks.callback(layer.register_forward_hook(partial(keep, name), with_kwargs=True).remove)
         yield recorder
 
@@ -196,24 +184,17 @@ def read_tokens(tokenizer, prompt: str) -> tuple[list[Token], list[str], str]:
     return tokens, [prompt[start:stop] for start, stop in spans], cut
 
 
-def find_positions(
-    tokens: Sequence[Token], words: Sequence[str], word: str, occurrence: int | None = None
-) -> list[int]:
-    """Token positions of a word or phrase: :meth:`AttentionTrace.positions` without a trace."""
+def find_positions(tokens: Sequence[Token], words: Sequence[str], word: str) -> list[int]:
+    """Token positions of a word wherever it stands, of a phrase, or of "<start>", "<end>", "<pad>"."""
     wanted = "".join(unicodedata.normalize("NFC", word).split()).casefold()
     known = ["".join(w.split()).casefold() for w in words]
-    every = [range(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
-    places = [part for part in every if "".join(known[part.start : part.stop]) == wanted]
-    found = [[i for i, t in enumerate(tokens) if t.word in part] for part in places]
-    if not found and word in ("<start>", "<end>", "<pad>"):
-        found = [[i for i, t in enumerate(tokens) if t.text == word]]
-    if not found or not found[0]:
+    parts = [range(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
+    inside = {k for part in parts if "".join(known[part.start : part.stop]) == wanted for k in part}
+    special = not inside and word in ("<start>", "<end>", "<pad>")
+    found = [i for i, t in enumerate(tokens) if t.word in inside or (special and t.text == word)]
+    if not found:
         raise WordNotInPromptError(word, words)
-    if occurrence is None:
-        return sorted({i for positions in found for i in positions})
-    if not -len(found) <= occurrence < len(found):
-        raise WordNotInPromptError(f"{word} (occurrence {occurrence}, counted from 0)", words)
-    return found[occurrence]
+    return found
 
 
 # ---- the trace
@@ -227,15 +208,14 @@ class AttentionTrace:
     kept: the share of attention that place (h, w) gives to each token; it sums to 1 over T.
     """
 
-    image: Image.Image | None = None
-    prompt: str = ""
-    tokens: tuple[Token, ...] = ()  # one per position
-    words: tuple[str, ...] = ()  # the prompt's; Token.word counts into it
-    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
-    timesteps: tuple[int, ...] = ()  # the scheduler's, of each step
-    cut: str = ""  # what the tokenizer's limit cut off the prompt
-    previews: tuple[Image.Image, ...] = ()  # the half-finished picture after each step
-    also: AttentionTrace | None = None  # of another text's words in the same picture
+    image: Image.Image
+    prompt: str
+    tokens: tuple[Token, ...]  # one per position
+    words: tuple[str, ...]  # the prompt's; Token.word counts into it
+    maps: Mapping[str, np.ndarray]
+    timesteps: tuple[int, ...]  # the scheduler's, of each step
+    cut: str  # what the tokenizer's limit cut off the prompt
+    previews: tuple[Image.Image, ...]  # the half-finished picture after each step
 
     def __repr__(self) -> str:
         return (
@@ -287,17 +267,16 @@ class AttentionTrace:
             raise IndexError(f"head {index}: {known}")
         return replace(self, maps={k: v[:, index : index + 1] for k, v in self.maps.items()})
 
-    def positions(self, word: str, occurrence: int | None = None) -> list[int]:
-        """Token positions of a word, of a phrase such as "bow tie", or of "<start>", "<end>", "<pad>".
+    def positions(self, word: str) -> list[int]:
+        """As :func:`find_positions`; raises WordNotInPromptError."""
+        return find_positions(self.tokens, self.words, word)
 
-        ``occurrence`` picks the first (0), second (1) ... of a repeated word; otherwise it is all of them.
-        Raises WordNotInPromptError.
+    def word(self, word: str) -> np.ndarray:
+        """Where ``word`` looks: the share of attention that its tokens get together, (h, w), float32.
+
+        A repeated word is all of its places; a phrase such as "bow tie" is one. Raises WordNotInPromptError.
         """
-        return find_positions(self.tokens, self.words, word, occurrence)
-
-    def word(self, word: str, occurrence: int | None = None) -> np.ndarray:
-        """Where ``word`` looks: the share of attention that its tokens get together, (h, w), float32."""
-        return self.share(self.positions(word, occurrence))
+        return self.share(self.positions(word))
 
     def share(self, positions: Sequence[int]) -> np.ndarray:
         """What the token ``positions`` get together, (h, w): the mean over heads, steps and layers.
@@ -337,111 +316,24 @@ class AttentionTrace:
 # ---- tracing
 
 
-@contextmanager
-def _heard(part: object, method: str, listen: Callable[..., None]) -> Iterator[None]:
-    """Tells ``listen(result, *args, **kwargs)`` of every call of this one object's method."""
-    own, call = vars(part).get(method), getattr(part, method)
-
-    def heard(*args, **kwargs):
-        result = call(*args, **kwargs)
-        listen(result, *args, **kwargs)
-        return result
-
-    setattr(part, method, heard)
-    try:
-        yield
-    finally:
-        delattr(part, method) if own is None else setattr(part, method, own)
-
-
-@contextmanager
-def _traced(
-    pipe: DiffusionPipeline, heads: bool = False, also: str | None = None, depth: int = 3
-) -> Iterator[AttentionTrace]:
-    """Fills the trace of the last picture that ``pipe`` draws in the block, when the block ends."""
-    found, size, times = AttentionTrace(), [], []
-    layers = cross_attention_layers(pipe.unet)
-    kept, other = ({name: [] for name in layers} for _ in range(2))  # the prompt's maps, and those of `also`
-    once = dict(device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-    with torch.no_grad():
-        text = None if also is None else pipe.encode_prompt(also, **once)[0]  # (1, T, D)
-
-    def begin(_, *args, **kwargs) -> None:
-        asked = inspect.signature(type(pipe).encode_prompt).bind(pipe, *args, **kwargs).arguments
-        prompt = asked["prompt"]
-        found.prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-        if not isinstance(found.prompt, str) or asked.get("num_images_per_prompt", 1) != 1:
-            raise TypeError(f"a trace holds one picture of one text: got the prompt {found.prompt!r:.60}")
-        for part in (times, *kept.values(), *other.values()):
-            part.clear()
-
-    def finished(images: Sequence, *_, **__) -> None:
-        found.image = images[0]
-
-    def step(_, args: tuple, kwargs: dict) -> None:
-        size[:] = (args[0] if args else kwargs["sample"]).shape[-2:]
-        times.append(int(args[1] if len(args) > 1 else kwargs["timestep"]))
-
-    def look(name: str, layer: Attention, args: tuple, kwargs: dict, _: Tensor) -> None:
-        one = slice(-1, None)  # of guidance's two halves the conditional one stands last
-        hidden, mask = args[0][one], kwargs.get("attention_mask")
-        read = [(kept, kwargs["encoder_hidden_states"][one], mask if mask is None else mask[one])]
-        read += [] if text is None else [(other, text, None)]
-        for into, words, mask in read:
-            (maps,) = attention_maps(layer, hidden, words, mask).mT  # (heads, T, H*W)
-            maps = (maps if heads else maps.mean(dim=0, keepdim=True)).half()
-            into[name].append(maps.unflatten(-1, layer_size(maps.shape[-1], tuple(size))).cpu().numpy())
-
-    with ExitStack() as hooks:
-        hooks.callback(pipe.unet.register_forward_pre_hook(step, with_kwargs=True).remove)
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_hook(partial(look, name), with_kwargs=True).remove)
-        hooks.enter_context(_heard(pipe, "encode_prompt", begin))
-        hooks.enter_context(_heard(pipe.image_processor, "postprocess", finished))
-        yield found
-    if not times:
-        raise ValueError("nothing was drawn: call this pipeline inside the block, with a prompt")
-    if also is not None:
-        found.also = AttentionTrace(found.image, also)
-    for trace, maps in [(found, kept), (found.also, other)][: 1 if also is None else 2]:
-        tokens, words, trace.cut = read_tokens(pipe.tokenizer, trace.prompt)
-        trace.tokens, trace.words, trace.timesteps = tuple(tokens), tuple(words), tuple(times)
-        trace.maps = {name: np.stack(maps.pop(name)) for name in list(maps)}  # each is let go when it is done
-        if trace.cut:
-            limit = f"longer than {pipe.tokenizer.model_max_length} tokens"
-            warnings.warn(f"the prompt is {limit}; the model never reads: {trace.cut!r}", stacklevel=depth)
-
-
 def trace(
     pipe: DiffusionPipeline,
-    prompt: str | EllipsisType = ...,
+    prompt: str,
     seed: int = 0,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     *,
     heads: bool = False,
-    also: str | None = None,
-    image: Image.Image | None = None,
     previews: bool = False,
     **options,
-) -> AttentionTrace | AbstractContextManager[AttentionTrace]:
+) -> AttentionTrace:
     """Draws the picture that ``pipe`` draws anyway, and keeps the attention of guidance's conditional half.
-
-    Without a prompt it is a context for a pipeline call of one's own; ``heads`` and ``also`` are all that it
-    takes, and the trace is filled when the block ends::
-
-        with duge.trace(pipe) as maps:
-            picture = pipe("a photo of an apple").images[0]
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline.
         prompt: one text.
         seed, num_inference_steps, guidance_scale: as :func:`~duge_lite.models.sample` takes them.
         heads: keep the heads apart; otherwise their mean is kept, in 16 bits on the CPU.
-        also: another text, whose words need not be in the prompt: the maps that its keys give at the same
-            queries are in ``trace.also``.
-        image: look at this picture instead of drawing one: with the noise of each of ``timesteps`` (by
-            default 750, 500 and 250) it goes through the UNet once, without guidance.
         previews: also decode the half-finished picture after every step.
         options: ``sample``'s, such as ``negative_prompt``, ``height`` and ``width``.
 
@@ -449,15 +341,22 @@ def trace(
     ``sample`` does not take.
     """
     check_pipeline(pipe)
-    how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    drawing = previews or any(value is not None for value in how.values())
-    if prompt is ...:
-        if drawing or seed or options or image is not None:
-            raise TypeError("without a prompt, trace takes heads and also: the rest goes to your own call")
-        return _traced(pipe, heads, also)
-    if image is not None and drawing:
-        raise TypeError("a picture that exists is looked at, not drawn: it takes timesteps, and no guidance")
-    pictures: list[Image.Image] = []
+    if not isinstance(prompt, str) or options.get("num_images_per_prompt", 1) != 1:
+        raise TypeError(f"a trace holds one picture of one text: got the prompt {prompt!r:.60}")
+    layers, pictures, steps = cross_attention_layers(pipe.unet), [], []
+    kept = {name: [] for name in layers}
+
+    def step(_, args: tuple) -> None:
+        latents, timestep, *_ = args
+        steps.append((int(timestep), latents.shape[-2:]))
+
+    def look(name: str, layer: Attention, args: tuple, kwargs: dict, _: Tensor) -> None:
+        one = slice(-1, None)  # of guidance's two halves the conditional one stands last
+        mask = kwargs.get("attention_mask")
+        text, mask = kwargs["encoder_hidden_states"][one], mask if mask is None else mask[one]
+        (maps,) = attention_maps(layer, args[0][one], text, mask).mT  # (heads, T, H*W)
+        maps = (maps if heads else maps.mean(dim=0, keepdim=True)).half()
+        kept[name].append(maps.unflatten(-1, layer_size(maps.shape[-1], steps[-1][1])).cpu().numpy())
 
     def step_done(_, index: int, timestep: Tensor, tensors: dict) -> dict:
         latents = tensors["latents"].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
@@ -466,33 +365,15 @@ def trace(
 
     if previews:
         options["callback_on_step_end"] = step_done
-    looking = nullcontext({}) if image is None else _looking_at(pipe, image, seed, **options)
-    with looking as instead, _traced(pipe, heads, also, depth=4) as found:
-        (drawn,) = sample(pipe, prompt, seed, **how | options | instead)
-        found.image, found.previews = drawn if image is None else image, tuple(pictures)
-    return found
-
-
-@contextmanager
-def _looking_at(
-    pipe: DiffusionPipeline, image: Image.Image, seed: int, timesteps: Sequence[int] = (), **_
-) -> Iterator[dict]:
-    """Whatever ``pipe`` draws in the block, its UNet sees ``image`` with the noise of that moment."""
-    pixels = pipe.image_processor.preprocess(image).to(pipe._execution_device, pipe.vae.dtype)
-    with torch.no_grad():
-        clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(int(seed))).to(clean)
-    before, pipe.scheduler = pipe.scheduler, DDPMScheduler.from_config(pipe.scheduler.config)
-
-    def show(_, args: tuple) -> tuple:
-        latents, timestep, *rest = args
-        return pipe.scheduler.add_noise(clean, noise, timestep.reshape(1)).to(latents), timestep, *rest
-
-    hook = pipe.unet.register_forward_pre_hook(show)
-    moments = sorted(map(int, timesteps or (750, 500, 250)), reverse=True)
-    size = {"height": pixels.shape[-2], "width": pixels.shape[-1]}
-    try:
-        yield size | {"timesteps": moments, "guidance_scale": 1.0, "output_type": "latent"}
-    finally:
-        hook.remove()
-        pipe.scheduler = before
+    with ExitStack() as hooks:
+        hooks.callback(pipe.unet.register_forward_pre_hook(step).remove)
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(look, name), with_kwargs=True).remove)
+        (image,) = sample(pipe, prompt, seed, num_inference_steps, guidance_scale, **options)
+    tokens, words, cut = read_tokens(pipe.tokenizer, prompt)
+    if cut:
+        limit = f"longer than {pipe.tokenizer.model_max_length} tokens"
+        warnings.warn(f"the prompt is {limit}; the model never reads: {cut!r}", stacklevel=2)
+    maps = {name: np.stack(kept.pop(name)) for name in layers}  # each is let go when it is done
+    times = tuple(timestep for timestep, _ in steps)
+    return AttentionTrace(image, prompt, tuple(tokens), tuple(words), maps, times, cut, tuple(pictures))

@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 
 import matplotlib
@@ -59,7 +60,7 @@ class Slides(HTML):
             all combinations, the last control changing fastest. By default one slider.
         start: the state that is shown first.
 
-    The kernel is not needed: it works in an exported notebook; without scripts the first picture remains.
+    Needs no kernel; without scripts the first picture remains.
     """
 
     def __init__(
@@ -75,37 +76,32 @@ class Slides(HTML):
         if not len(pictures) == len(labels) == math.prod(map(len, controls.values())):
             raise ValueError(f"{len(pictures)} pictures, {len(labels)} labels: expected one for each state")
         frames = [p if isinstance(p, Mapping) else {"": [("", p, None)]} for p in pictures]
-        known: dict[str, int] = {}
+        known: dict[str, int] = {}  # equal pictures travel once
+
+        def number(picture: bytes | Image.Image) -> int:
+            return known.setdefault(_uri(picture), len(known))
+
         rows = [
             [
-                (head, [(c, known.setdefault(_uri(p), len(known)), s) for c, p, s in tiles])
+                (head, [(caption, number(p), share) for caption, p, share in tiles])
                 for head, tiles in f.items()
             ]
             for f in frames
         ]
+        decimal = partial(np.format_float_positional, trim="-")
         first = np.unravel_index(start, [len(values) for values in controls.values()])
-
-        def said(value: str | float) -> str:
-            return value if isinstance(value, str) else np.format_float_positional(value, trim="-")
-
         told = [
             {"name": name, "words": isinstance(values[0], str), "start": int(k),
-             "values": ["" if alone else said(v) for v in values]}
+             "values": ["" if alone else v if isinstance(v, str) else decimal(v) for v in values]}
             for (name, values), k in zip(controls.items(), first, strict=True)
         ]  # fmt: skip
-        data = {
-            "title": "" if alone else title,
-            "labels": list(labels),
-            "controls": told,
-            "frames": rows,
-            "pictures": list(known),
-        }
+        data = {"title": "" if alone else title, "labels": list(labels), "controls": told}
         shown = "".join(
             image_html(p, f"{head}: {caption}" if caption else labels[start])
             for head, tiles in frames[start].items() for caption, p, _ in tiles
         )  # fmt: skip
         text = f"<p><b>{html.escape(title)}</b></p><p>{html.escape(labels[start])}</p>{shown}"
-        super().__init__(_page("slides", data, text))
+        super().__init__(_page("slides", data | {"frames": rows, "pictures": list(known)}, text))
 
 
 def explorable(name: str) -> HTML:
@@ -237,10 +233,12 @@ def viewer_html(traces: Sequence[AttentionTrace], labels: Sequence[str] = ("",))
 
 def _page(kind: str, data: Mapping[str, object], without: str) -> str:
     """What is there ``without`` scripts, and the script that puts controls in its place."""
-    name, ident = {"viewer": "duge", "slides": "duge-slides"}[kind], _script(data) + without
-    ident = hashlib.sha256(ident.encode()).hexdigest()[:16]
-    names = f"{kind}.css", "element.js", f"{kind}.js"
-    css, *parts = (files(__package__).joinpath(file).read_text("utf-8") for file in names)
+    name = {"viewer": "duge", "slides": "duge-slides"}[kind]
+    ident = hashlib.sha256((_script(data) + without).encode()).hexdigest()[:16]
+    css, *parts = (
+        files(__package__).joinpath(file).read_text("utf-8")
+        for file in (f"{kind}.css", "element.js", f"{kind}.js")
+    )
     given = f"const ID = {_script(ident)}, DATA = {_script(data)};\nconst CSS = {_script(css)};"
     js = "\n".join([given, *parts])
     return f'<div data-{name}="{ident}" {OURS}>{without}</div><script>(() => {{\n{js}\n}})();</script>'
