@@ -95,7 +95,7 @@ async function start(host) {
     const output = el("output"), name = el("span", { textContent: label });
     return { key, said, input, output, row: el("label", { className: "row" }, name, input, output) };
   };
-  const stepName = () => state.step ? `step ${steps[state.step - 1].index} of ${total}` : "all steps";
+  const stepName = () => state.step ? `step ${steps[state.step - 1]} of ${total}` : "all steps";
   const layerName = () => layerOf(main).label;
   const sliders = [
     slider("step", "Step", steps.length, stepName, "0: the mean of all steps"),

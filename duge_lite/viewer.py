@@ -202,7 +202,7 @@ def _view(trace: AttentionTrace, budget: int) -> tuple[dict, list[str]]:
         "prompt": trace.prompt,
         "words": [{k: g[k] for k in ("text", "kind", "nth")} for g in groups],
         "start": start,
-        "steps": [{"index": i + 1, "t": trace.timesteps[i]} for i in steps],
+        "steps": [i + 1 for i in steps],
         "total": count,
         "layers": [
             {"label": f"{layer_label(name)} ({maps.shape[2]}×{maps.shape[3]})" if name else "all layers",

@@ -219,12 +219,10 @@ def test_nothing_is_left_after_an_error(pipe, error, monkeypatch):
         trace(pipe, "a")
 
 
-def test_schedulers_with_more_evaluations_than_steps(pipes):
-    pipe = copy.copy(pipes["sd1"])
-    pipe.scheduler = HeunDiscreteScheduler()
+def test_schedulers_with_more_evaluations_than_steps(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "scheduler", HeunDiscreteScheduler())
     t = traced(pipe, num_inference_steps=3)
-    assert len(t.timesteps) == 5  # 2 * 3 - 1
-    assert all(len(m) == 5 and np.isfinite(m).all() for m in t.maps.values())
+    assert {len(t.timesteps), *map(len, t.maps.values())} == {2 * 3 - 1} and sums_to_one(t)
 
 
 # ---- settings of the pipeline
@@ -359,8 +357,6 @@ def test_gradients_flow_through_what_is_recorded(clip_tokenizer, kind, match, ch
     layers = cross_attention_layers(unet)
     gradients = {name: layer.to_k.weight.grad.clone() for name, layer in layers.items()}
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients.values())
-    last = list(layers.values())[-1].to_v.weight.grad
-    assert (last is None or last.abs().max() == 0) == (match == "probs"), "its values move no map"
     name, layer = list(layers.items())[-2]
     direction, step, values = gradients[name] / gradients[name].norm(), 1e-2, []
     for sign in (1, -2, 1):  # there, past it, and back

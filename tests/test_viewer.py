@@ -82,7 +82,7 @@ def test_a_page_is_small_and_says_what_was_left_out(tokenizer, prompt, layers, s
         assert len(page) <= 2_000_000
     data = payload(t._repr_html_())
     view = data["views"][0]
-    assert len(view["layers"]) == len(layers) + 1 and view["steps"][-1]["index"] == view["total"] == steps
+    assert len(view["layers"]) == len(layers) + 1 and view["steps"][-1] == view["total"] == steps
     assert any("steps are shown" in note for note in data["notes"]) == (len(view["steps"]) < steps)
     assert any("Maps finer than" in note for note in data["notes"]) == (max(layers.values()) > 16)
 
