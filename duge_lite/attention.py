@@ -68,6 +68,14 @@ def attention_maps(layer: Attention, hidden: Tensor, text: Tensor, mask: Tensor 
     return (scores if mask is None else scores + mask[:, None]).softmax(dim=-1)
 
 
+def mean_map(layers: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of ``layers`` (n, m, h, w), each enlarged to the largest one's size."""
+    size = max((maps.shape[-2:] for maps in layers), key=math.prod)
+    return np.mean(
+        [F.interpolate(torch.from_numpy(x), size, mode="bilinear").numpy() for x in layers], axis=0
+    )
+
+
 # ---- recording
 
 
@@ -99,13 +107,13 @@ def record_attention(
     recorder = AttentionRecorder()
 
     def keep(name: str, layer: Attention, args: tuple, kwargs: dict, output: Tensor) -> None:
-        kept = {"outputs": output} if outputs else {}
         if probs:  # also when it is stopped: checkpointing wants the same again
             text, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
-            kept["probs"] = attention_maps(layer, args[0], text, mask)
-        for what, value in kept.items():
-            if not recorder.stopped:
-                getattr(recorder, what)[name] = value
+            maps = attention_maps(layer, args[0], text, mask)
+        if probs and not recorder.stopped:
+            recorder.probs[name] = maps
+        if outputs and not recorder.stopped:
+            recorder.outputs[name] = output
 
     with ExitStack() as hooks:
         for name, layer in cross_attention_layers(unet).items():
@@ -279,17 +287,9 @@ class AttentionTrace:
         return self.share(self.positions(word))
 
     def share(self, positions: Sequence[int]) -> np.ndarray:
-        """What the token ``positions`` get together, (h, w): the mean over heads, steps and layers.
-
-        Maps of small layers are enlarged to the largest one's size.
-        """
-        size = max((v.shape[-2:] for v in self.maps.values()), key=math.prod)
-        total = np.zeros(size, dtype=np.float32)
-        for maps in self.maps.values():
-            mean = maps[:, :, list(positions)].astype(np.float32).sum(axis=2).mean(axis=(0, 1))
-            one = torch.from_numpy(mean)[None, None]
-            total += F.interpolate(one, size=size, mode="bilinear")[0, 0].numpy()
-        return total / len(self.maps)
+        """What the token ``positions`` get together, (h, w): the mean over heads, steps and layers."""
+        every = (maps[:, :, list(positions)].astype(np.float32) for maps in self.maps.values())
+        return mean_map([maps.sum(axis=2).mean(axis=(0, 1), keepdims=True) for maps in every])[0, 0]
 
     def shares(self) -> np.ndarray:
         """The share of all attention that each token gets, (T,); sums to 1."""

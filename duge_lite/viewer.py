@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from IPython.display import HTML
 from PIL import Image
 
-from .attention import AttentionTrace
+from .attention import AttentionTrace, mean_map
 from .models import course_dir
 
 BUDGET = 900_000  # numbers that the maps of one page may hold, a byte each before compression
@@ -133,10 +133,6 @@ def _groups(trace: AttentionTrace) -> list[dict]:
     return groups
 
 
-def _enlarge(maps: np.ndarray, size: Sequence[int], mode: str = "bilinear") -> np.ndarray:
-    return F.interpolate(torch.from_numpy(maps), size=tuple(size), mode=mode).numpy()
-
-
 def _layers(
     trace: AttentionTrace, groups: list[dict], budget: int
 ) -> tuple[dict[str, np.ndarray], list[int]]:
@@ -150,11 +146,11 @@ def _layers(
         maps = maps.mean(axis=1, dtype=np.float32)  # (steps, T, h, w)
         summed = np.stack([maps[:, g["at"]].sum(axis=1) for g in groups], axis=1)
         part = max(1, math.ceil(max(summed.shape[-2:]) / 16))
-        summed = _enlarge(summed, [math.ceil(side / part) for side in summed.shape[-2:]], "area")
-        blocks.setdefault(name.split(".transformer_blocks")[0], []).append(summed)
+        size = [math.ceil(side / part) for side in summed.shape[-2:]]
+        coarse = F.interpolate(torch.from_numpy(summed), size, mode="area").numpy()
+        blocks.setdefault(name.split(".transformer_blocks")[0], []).append(coarse)
     merged = {name: np.mean(parts, axis=0) for name, parts in blocks.items()}
-    largest = max((maps.shape[-2:] for maps in merged.values()), key=math.prod)
-    merged = {"": np.mean([_enlarge(maps, largest) for maps in merged.values()], axis=0), **merged}
+    merged = {"": mean_map(list(merged.values())), **merged}
     count = len(trace.timesteps)
     fits = budget * count // max(1, sum(maps.size for maps in merged.values()))
     kept = np.linspace(count - 1, 0, min(count, max(4, fits))).round().astype(int)[::-1].tolist()

@@ -12,11 +12,13 @@ import fake_hub
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from conftest import family
 from diffusers import HeunDiscreteScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from transformers import CLIPTokenizer
 
 import duge_lite as duge
@@ -228,34 +230,21 @@ def test_schedulers_with_more_evaluations_than_steps(pipe, monkeypatch):
 # ---- settings of the pipeline
 
 
-def lora(pipe) -> None:
-    from peft import LoraConfig
-
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
-
-
-def offload(pipe) -> None:
-    """What `enable_model_cpu_offload` does to a UNet, with the CPU standing in for the accelerator."""
-    from accelerate import cpu_offload_with_hook
-
-    cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+class Stranger(AttnProcessor):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) / 2
 
 
-def stranger(pipe) -> None:
-    class Mine(AttnProcessor):
-        def __call__(self, *args, **kwargs):
-            return super().__call__(*args, **kwargs) / 2
-
-    for layer in cross_attention_layers(pipe.unet).values():
-        layer.set_processor(Mine())
-
-
+LORA = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
 SETTINGS = {
     "sliced": lambda pipe: pipe.enable_attention_slicing(1),
     "fused": lambda pipe: pipe.fuse_qkv_projections(),
-    "a stranger": stranger,
-    "LoRA": lora,
-    "offloaded": offload,
+    "a stranger": lambda pipe: [
+        x.set_processor(Stranger()) for x in cross_attention_layers(pipe.unet).values()
+    ],
+    "LoRA": lambda pipe: pipe.unet.add_adapter(LORA),
+    # what `enable_model_cpu_offload` does to a UNet, with the CPU standing in for the accelerator
+    "offloaded": lambda pipe: cpu_offload_with_hook(pipe.unet, execution_device="cpu"),
     "on a GPU": lambda pipe: pipe.enable_model_cpu_offload(),
     "16 bits": lambda pipe: pipe.to(torch.float16),
     "bfloat16": lambda pipe: pipe.to(torch.bfloat16),

@@ -1,6 +1,6 @@
 """The viewer, the sliders, the explorer and the studio in a real Chromium: JupyterLab and a plain page.
 
-Skipped where Chromium is missing. ``DUGE_SCREENSHOTS=folder`` keeps pictures of what the browser showed.
+Skipped where Chromium is missing.
 """
 
 import os
@@ -63,11 +63,6 @@ def page(browser):
     assert faults == []
 
 
-def look(page, name: str) -> None:
-    if folder := os.environ.get("DUGE_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
 def blobs(tokenizer, prompt: str = PROMPT, **places: tuple[float, float]) -> AttentionTrace:
     """A trace in which each named word looks at one place, more sharply from step to step."""
     t = noise_trace(prompt, tokenizer, steps=5, previews=True)
@@ -126,7 +121,6 @@ def test_hovering_and_focusing_light_a_word_up(page, tmp_path, tokenizer):
     assert start.is_visible() and viewer.locator(".chip.pad").is_visible()
     shown = float(start.locator(".share").inner_text().split()[0]) / 100
     assert abs(shown - t.kinds()["start"]) < 0.006
-    look(page, "viewer")
 
 
 def test_everything_by_keyboard(page, tmp_path, tokenizer):
@@ -167,7 +161,6 @@ def test_a_vanished_word_stays_dark_on_the_common_scale(page, tmp_path, tokenize
     first, second = (viewer.locator("figure canvas").nth(i) for i in (0, 1))
     assert brightness(first, 0.25, 0.25) > 3 * brightness(second, 0.25, 0.25)
     assert "dark" in viewer.get_attribute("class")
-    look(page, "compare-dark")
 
 
 def test_two_viewers_on_one_page_do_not_disturb_each_other(page, tmp_path, tokenizer):
@@ -216,7 +209,6 @@ def test_slides_by_keyboard(page, tmp_path):
     shown = [image.get_attribute("alt") for image in images.all() if image.is_visible()]
     assert shown == ['a "star"', "an apple"], "two on one page do not disturb each other"
     assert page.locator("output").first.inner_text() == 'a "star"'
-    look(page, "slides")
 
 
 def test_without_scripts_the_picture_remains(browser, tmp_path, tokenizer):
@@ -330,7 +322,6 @@ def test_the_explorer_and_the_viewer_in_jupyterlab(page, lab):
     draw.click()
     viewer = cells.nth(0).locator("section.viewer")
     viewer.wait_for()
-    look(page, "explorer-in-jupyterlab")
 
     # the viewer by itself, as the value of a cell; its keys are its own and not the notebook's
     run_cell(page, cells, 1)
@@ -349,7 +340,6 @@ def test_the_explorer_and_the_viewer_in_jupyterlab(page, lab):
     page.evaluate("document.body.style.setProperty('--jp-layout-color0', '#111')")
     page.evaluate("document.body.setAttribute('data-jp-theme-light', 'false')")
     page.wait_for_function("e => e.classList.contains('dark')", arg=viewer.element_handle())
-    look(page, "viewer-in-jupyterlab")
 
     # a failing model is one sentence in the widget, and the picture stays
     run_cell(page, cells, 2)
@@ -382,7 +372,6 @@ def test_the_studio_in_jupyterlab(page, lab):
     app.locator(".noUi-handle").nth(3).focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function("old => document.querySelector('.jp-OutputArea img')?.src !== old", arg=shown)
-    look(page, "studio")
     assert run_cell(page, cells, 1).last.inner_text().strip() == "the same: False"
 
     # undo, twice

@@ -162,19 +162,16 @@ def test_layers_of_one_block_and_heads_are_averaged(tokenizer):
     assert layer_label("mid_block.attentions.0.transformer_blocks.9.attn2") == "mid"
 
 
-def test_slides_travel_with_all_states(tokenizer):
+def test_slides_travel_with_all_states():
     """Without scripts the first remains, with its label; text is escaped; equal pictures travel once."""
-    reader = Reader(
-        page := Slides([b"one", b"two", b"one"], [NASTY, "second", "third"], "A <b>title</b>").data
-    )
+    page = Slides([b"one", b"two", b"one"], [NASTY, "second", "third"], "A <b>title</b>").data
+    data, reader = payload(page), Reader(page)
     (image,) = [attributes for tag, attributes in reader.tags if tag == "img"]
     assert image["alt"] == NASTY and base64.b64decode(image["src"].split(",")[1]) == b"one"
     assert "A <b>title</b>" in reader.text and [tag for tag, _ in reader.tags].count("script") == 1
-    data = payload(page)
     assert [row[0][1][0][1] for row in data["frames"]] == [0, 1, 0] and len(data["pictures"]) == 2
-    assert data["controls"] == [
-        {"name": "A <b>title</b>", "words": False, "start": 0, "values": ["", "", ""]}
-    ]
+    expected = {"name": "A <b>title</b>", "words": False, "start": 0, "values": ["", "", ""]}
+    assert data["controls"] == [expected]
 
 
 def test_slides_have_a_state_for_each_choice():
