@@ -203,6 +203,13 @@ def picture_history(pictures: Rows, names: Names, requests: Names, title: str = 
 # ---- attention
 
 
+def _some(words: Names | str) -> list[str]:
+    words = [words] if isinstance(words, str) else list(words)
+    if not words:
+        raise ValueError("no words to show: expected at least one, such as '<start>'")
+    return words
+
+
 def _maps(rows, title: str) -> Plot:
     """Panels (title, picture, map) in rows: a picture alone, or in grey under a map; maps share one scale."""
     largest = max(float(heat.max()) for row in rows for *_, heat in row if heat is not None)
@@ -236,9 +243,9 @@ def _where(heat: np.ndarray) -> str:
     return f"most at the {' '.join(names)} ({heat.max():.1%})"
 
 
-def word_overlay(trace: AttentionTrace, words: Names, title: str = "") -> Plot:
+def word_overlay(trace: AttentionTrace, words: Names | str, title: str = "") -> Plot:
     """The picture, and over it where each word looks: the mean over all steps and layers of ``trace``."""
-    maps = {word: trace.word(word) for word in words}
+    maps = {word: trace.word(word) for word in _some(words)}
     panels = [("the picture", trace.image, None)]
     panels += [(f"“{word}” {heat.mean():.1%}", trace.image, heat) for word, heat in maps.items()]
     figure = _maps([panels[i : i + 4] for i in range(0, len(panels), 4)], title or trace.prompt)
@@ -274,7 +281,7 @@ def words_by(trace: AttentionTrace, by: str, words: Names | str, title: str = ""
     lie on the half-finished pictures, where the trace has previews. Raises ValueError for another ``by``,
     IndexError when the heads are not apart.
     """
-    words, rows = [words] if isinstance(words, str) else list(words), []
+    words, rows = _some(words), []
     parts = _parts(trace, by, words[0], max(1, 12 // len(words) - 1))
     for word in words:
         rows.append([(f"“{word}” →", trace.image, None)])
@@ -303,10 +310,10 @@ def attention_difference(before: AttentionTrace, after: AttentionTrace, word: st
     return _said(figure, title or before.prompt, (f"“{word}” gets {m.mean():.2%} {n}" for n, m in means))
 
 
-def concentration(trace: AttentionTrace, words: Names, title: str = "") -> Plot:
+def concentration(trace: AttentionTrace, words: Names | str, title: str = "") -> Plot:
     """How narrowly each word looks, step by step: 0 is evenly over the picture, 1 a single place."""
     steps = range(1, len(trace.timesteps) + 1)
-    lines = {word: pd.Series(trace.concentration(word), steps) for word in words}
+    lines = {word: pd.Series(trace.concentration(word), steps) for word in _some(words)}
     return _lines({"1 − entropy of where it looks": lines}, title, "step (1 is pure noise)", share=False)
 
 

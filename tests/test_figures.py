@@ -127,9 +127,11 @@ def test_word_overlay_shares_one_scale_and_says_where(noise, tokenizer):
     for m in maps.values():
         m[:, :, noise.positions("apple"), -1, 0] = 0.5
     lit = replace(noise, maps=maps)
-    assert "apple, most at the lower left (50.0%)" in figures.word_overlay(lit, ["apple"]).alt
+    assert "apple, most at the lower left (50.0%)" in figures.word_overlay(lit, "apple").alt
     empty = noise_trace("", tokenizer, steps=2)
     assert len(heat_maps(figures.word_overlay(empty, ["<start>", "<pad>"]))) == 2
+    with pytest.raises(ValueError, match="no words to show: expected at least one"):
+        figures.word_overlay(empty, empty.words)
 
 
 def test_maps_by_step_layer_and_head_lie_beside_the_picture_in_at_most_twelve_panels(noise):
