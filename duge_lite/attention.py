@@ -11,18 +11,20 @@ attention (prompt-to-prompt, Hertz et al., arXiv 2208.01626) and its maps by wor
 
 from __future__ import annotations
 
+import inspect
 import math
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import EllipsisType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor
@@ -216,14 +218,15 @@ class AttentionTrace:
     kept: the share of attention that place (h, w) gives to each token; it sums to 1 over T.
     """
 
-    image: Image.Image
-    prompt: str
-    tokens: tuple[Token, ...]  # one per position
-    words: tuple[str, ...]  # the prompt's; Token.word counts into it
-    maps: Mapping[str, np.ndarray]
-    timesteps: tuple[int, ...]  # the scheduler's, of each step
-    cut: str  # what the tokenizer's limit cut off the prompt
-    previews: tuple[Image.Image, ...]  # the half-finished picture after each step
+    image: Image.Image | None = None
+    prompt: str = ""
+    tokens: tuple[Token, ...] = ()  # one per position
+    words: tuple[str, ...] = ()  # the prompt's; Token.word counts into it
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    timesteps: tuple[int, ...] = ()  # the scheduler's, of each step
+    cut: str = ""  # what the tokenizer's limit cut off the prompt
+    previews: tuple[Image.Image, ...] = ()  # the half-finished picture after each step
+    also: AttentionTrace | None = None  # of another text's words in the same picture
 
     def __repr__(self) -> str:
         return (
@@ -316,24 +319,111 @@ class AttentionTrace:
 # ---- tracing
 
 
+@contextmanager
+def _heard(part: object, method: str, listen: Callable[..., None]) -> Iterator[None]:
+    """Tells ``listen(result, *args, **kwargs)`` of every call of this one object's method."""
+    own, call = vars(part).get(method), getattr(part, method)
+
+    def heard(*args, **kwargs):
+        result = call(*args, **kwargs)
+        listen(result, *args, **kwargs)
+        return result
+
+    setattr(part, method, heard)
+    try:
+        yield
+    finally:
+        delattr(part, method) if own is None else setattr(part, method, own)
+
+
+@contextmanager
+def _traced(
+    pipe: DiffusionPipeline, heads: bool = False, also: str | None = None, depth: int = 3
+) -> Iterator[AttentionTrace]:
+    """Fills the trace of the last picture that ``pipe`` draws in the block, when the block ends."""
+    found, size, times = AttentionTrace(), [], []
+    layers = cross_attention_layers(pipe.unet)
+    kept, other = ({name: [] for name in layers} for _ in range(2))  # the prompt's maps, and those of `also`
+    once = dict(device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    with torch.no_grad():
+        text = None if also is None else pipe.encode_prompt(also, **once)[0]  # (1, T, D)
+
+    def begin(_, *args, **kwargs) -> None:
+        asked = inspect.signature(type(pipe).encode_prompt).bind(pipe, *args, **kwargs).arguments
+        prompt = asked["prompt"]
+        found.prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+        if not isinstance(found.prompt, str) or asked.get("num_images_per_prompt", 1) != 1:
+            raise TypeError(f"a trace holds one picture of one text: got the prompt {found.prompt!r:.60}")
+        for part in (times, *kept.values(), *other.values()):
+            part.clear()
+
+    def finished(images: Sequence, *_, **__) -> None:
+        found.image = images[0]
+
+    def step(_, args: tuple, kwargs: dict) -> None:
+        size[:] = (args[0] if args else kwargs["sample"]).shape[-2:]
+        times.append(int(args[1] if len(args) > 1 else kwargs["timestep"]))
+
+    def look(name: str, layer: Attention, args: tuple, kwargs: dict, _: Tensor) -> None:
+        one = slice(-1, None)  # of guidance's two halves the conditional one stands last
+        hidden, mask = args[0][one], kwargs.get("attention_mask")
+        read = [(kept, kwargs["encoder_hidden_states"][one], mask if mask is None else mask[one])]
+        read += [] if text is None else [(other, text, None)]
+        for into, words, mask in read:
+            (maps,) = attention_maps(layer, hidden, words, mask).mT  # (heads, T, H*W)
+            maps = (maps if heads else maps.mean(dim=0, keepdim=True)).half()
+            into[name].append(maps.unflatten(-1, layer_size(maps.shape[-1], tuple(size))).cpu().numpy())
+
+    with ExitStack() as hooks:
+        hooks.callback(pipe.unet.register_forward_pre_hook(step, with_kwargs=True).remove)
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(look, name), with_kwargs=True).remove)
+        hooks.enter_context(_heard(pipe, "encode_prompt", begin))
+        hooks.enter_context(_heard(pipe.image_processor, "postprocess", finished))
+        yield found
+    if not times:
+        raise ValueError("nothing was drawn: call this pipeline inside the block, with a prompt")
+    if also is not None:
+        found.also = AttentionTrace(found.image, also)
+    for trace, maps in [(found, kept), (found.also, other)][: 1 if also is None else 2]:
+        tokens, words, trace.cut = read_tokens(pipe.tokenizer, trace.prompt)
+        trace.tokens, trace.words, trace.timesteps = tuple(tokens), tuple(words), tuple(times)
+        trace.maps = {name: np.stack(maps.pop(name)) for name in list(maps)}  # each is let go when it is done
+        if trace.cut:
+            limit = f"longer than {pipe.tokenizer.model_max_length} tokens"
+            warnings.warn(f"the prompt is {limit}; the model never reads: {trace.cut!r}", stacklevel=depth)
+
+
 def trace(
     pipe: DiffusionPipeline,
-    prompt: str,
+    prompt: str | EllipsisType = ...,
     seed: int = 0,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     *,
     heads: bool = False,
+    also: str | None = None,
+    image: Image.Image | None = None,
     previews: bool = False,
     **options,
-) -> AttentionTrace:
+) -> AttentionTrace | AbstractContextManager[AttentionTrace]:
     """Draws the picture that ``pipe`` draws anyway, and keeps the attention of guidance's conditional half.
+
+    Without a prompt it is a context for a pipeline call of one's own; ``heads`` and ``also`` are all that it
+    takes, and the trace is filled when the block ends::
+
+        with duge.trace(pipe) as maps:
+            picture = pipe("a photo of an apple").images[0]
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline.
         prompt: one text.
         seed, num_inference_steps, guidance_scale: as :func:`~duge_lite.models.sample` takes them.
         heads: keep the heads apart; otherwise their mean is kept, in 16 bits on the CPU.
+        also: another text, whose words need not be in the prompt: the maps that its keys give at the same
+            queries are in ``trace.also``.
+        image: look at this picture instead of drawing one: with the noise of each of ``timesteps`` (by
+            default 750, 500 and 250) it goes through the UNet once, without guidance.
         previews: also decode the half-finished picture after every step.
         options: ``sample``'s, such as ``negative_prompt``, ``height`` and ``width``.
 
@@ -341,22 +431,15 @@ def trace(
     ``sample`` does not take.
     """
     check_pipeline(pipe)
-    if not isinstance(prompt, str) or options.get("num_images_per_prompt", 1) != 1:
-        raise TypeError(f"a trace holds one picture of one text: got the prompt {prompt!r:.60}")
-    layers, pictures, steps = cross_attention_layers(pipe.unet), [], []
-    kept = {name: [] for name in layers}
-
-    def step(_, args: tuple) -> None:
-        latents, timestep, *_ = args
-        steps.append((int(timestep), latents.shape[-2:]))
-
-    def look(name: str, layer: Attention, args: tuple, kwargs: dict, _: Tensor) -> None:
-        one = slice(-1, None)  # of guidance's two halves the conditional one stands last
-        mask = kwargs.get("attention_mask")
-        text, mask = kwargs["encoder_hidden_states"][one], mask if mask is None else mask[one]
-        (maps,) = attention_maps(layer, args[0][one], text, mask).mT  # (heads, T, H*W)
-        maps = (maps if heads else maps.mean(dim=0, keepdim=True)).half()
-        kept[name].append(maps.unflatten(-1, layer_size(maps.shape[-1], steps[-1][1])).cpu().numpy())
+    how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    drawing = previews or any(value is not None for value in how.values())
+    if prompt is ...:
+        if drawing or seed or options or image is not None:
+            raise TypeError("without a prompt, trace takes heads and also: the rest goes to your own call")
+        return _traced(pipe, heads, also)
+    if image is not None and drawing:
+        raise TypeError("a picture that exists is looked at, not drawn: it takes timesteps, and no guidance")
+    pictures: list[Image.Image] = []
 
     def step_done(_, index: int, timestep: Tensor, tensors: dict) -> dict:
         latents = tensors["latents"].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
@@ -365,15 +448,33 @@ def trace(
 
     if previews:
         options["callback_on_step_end"] = step_done
-    with ExitStack() as hooks:
-        hooks.callback(pipe.unet.register_forward_pre_hook(step).remove)
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_hook(partial(look, name), with_kwargs=True).remove)
-        (image,) = sample(pipe, prompt, seed, num_inference_steps, guidance_scale, **options)
-    tokens, words, cut = read_tokens(pipe.tokenizer, prompt)
-    if cut:
-        limit = f"longer than {pipe.tokenizer.model_max_length} tokens"
-        warnings.warn(f"the prompt is {limit}; the model never reads: {cut!r}", stacklevel=2)
-    maps = {name: np.stack(kept.pop(name)) for name in layers}  # each is let go when it is done
-    times = tuple(timestep for timestep, _ in steps)
-    return AttentionTrace(image, prompt, tuple(tokens), tuple(words), maps, times, cut, tuple(pictures))
+    looking = nullcontext({}) if image is None else _looking_at(pipe, image, seed, **options)
+    with looking as instead, _traced(pipe, heads, also, depth=4) as found:
+        (drawn,) = sample(pipe, prompt, seed, **how | options | instead)
+        found.image, found.previews = drawn if image is None else image, tuple(pictures)
+    return found
+
+
+@contextmanager
+def _looking_at(
+    pipe: DiffusionPipeline, image: Image.Image, seed: int, timesteps: Sequence[int] = (), **_
+) -> Iterator[dict]:
+    """Whatever ``pipe`` draws in the block, its UNet sees ``image`` with the noise of that moment."""
+    pixels = pipe.image_processor.preprocess(image).to(pipe._execution_device, pipe.vae.dtype)
+    with torch.no_grad():
+        clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(int(seed))).to(clean)
+    before, pipe.scheduler = pipe.scheduler, DDPMScheduler.from_config(pipe.scheduler.config)
+
+    def show(_, args: tuple) -> tuple:
+        latents, timestep, *rest = args
+        return pipe.scheduler.add_noise(clean, noise, timestep.reshape(1)).to(latents), timestep, *rest
+
+    hook = pipe.unet.register_forward_pre_hook(show)
+    moments = sorted(map(int, timesteps or (750, 500, 250)), reverse=True)
+    size = {"height": pixels.shape[-2], "width": pixels.shape[-1]}
+    try:
+        yield size | {"timesteps": moments, "guidance_scale": 1.0, "output_type": "latent"}
+    finally:
+        hook.remove()
+        pipe.scheduler = before

@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from PIL import Image
 from transformers import CLIPTokenizer
 
 import duge_lite as duge
@@ -61,12 +62,14 @@ def pipes(clip_tokenizer) -> dict:
 def pipe(pipes):
     """The SD-1-like pipeline, and the assurance that a test leaves nothing on it."""
     yield pipes["sd1"]
-    assert not hooks_on(pipes["sd1"])
+    assert not left_on(pipes["sd1"])
 
 
-def hooks_on(pipe) -> list:
+def left_on(pipe) -> list:
+    """Hooks on the UNet or its layers, and methods of the pipeline that are not its class's."""
     parts = (pipe.unet, *cross_attention_layers(pipe.unet).values())
-    return [hook for part in parts for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
+    hooks = [hook for part in parts for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
+    return hooks + [name for name in ("encode_prompt", "postprocess") if name in vars(pipe)]
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +198,8 @@ def test_options_reach_the_pipeline_and_previews_follow_the_steps(pipe):
         ({"height": 12, "width": 12}, "divisible by 8"),
         ({"prompt": ["a", "b"]}, r"one picture of one text: got the prompt \['a', 'b'\]"),
         ({"num_images_per_prompt": 2}, "a trace holds one picture"),
+        ({"image": Image.new("RGB", (64, 64)), "guidance_scale": 2.0}, "looked at, not drawn"),
+        ({"prompt": ..., "seed": 3}, "without a prompt, trace takes heads and also"),
         ({"pipe": None}, "pipe is NoneType: expected a pipeline"),
     ],
 )
@@ -206,14 +211,14 @@ def test_bad_arguments_get_one_sentence(pipe, options, sentence):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_after_an_error(pipe, error, monkeypatch):
-    for context in (record_attention(pipe.unet), edit_attention(pipe, "a", {"a": 0})):
+    for context in (trace(pipe), record_attention(pipe.unet), edit_attention(pipe, "a", {"a": 0})):
         with pytest.raises(error), context:
-            assert hooks_on(pipe)
+            assert left_on(pipe)
             raise error
-        assert not hooks_on(pipe)
+        assert not left_on(pipe)
 
     def fail(*_, **__):
-        assert hooks_on(pipe)
+        assert left_on(pipe)
         raise error
 
     monkeypatch.setattr(pipe.unet, "forward", fail)
@@ -225,6 +230,76 @@ def test_schedulers_with_more_evaluations_than_steps(pipe, monkeypatch):
     monkeypatch.setattr(pipe, "scheduler", HeunDiscreteScheduler())
     t = traced(pipe, num_inference_steps=3)
     assert {len(t.timesteps), *map(len, t.maps.values())} == {2 * 3 - 1} and sums_to_one(t)
+
+
+# ---- a call of one's own, another text, a picture that exists
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_around_a_call_of_ones_own(pipes, kind):
+    expected = trace(pipes[kind], PROMPT, 5, 2, 3.0)
+    with trace(pipes[kind]) as outer:
+        with trace(pipes[kind]) as maps:
+            plain(pipes[kind], "a harp")  # the last picture counts
+            generator = torch.Generator().manual_seed(5)
+            image = pipes[kind](PROMPT, generator=generator, **HOW | {"output_type": "pil"}).images[0]
+        plain(pipes[kind], "an apple")
+    assert maps.image is image and maps.words == expected.words
+    assert maps.timesteps == expected.timesteps and maps.layers == expected.layers
+    np.testing.assert_array_equal(maps.word("umbrella"), expected.word("umbrella"))
+    assert outer.prompt == "an apple" and not left_on(pipes[kind])
+
+
+def test_a_context_says_what_it_cannot_do(pipe):
+    with pytest.raises(ValueError, match="nothing was drawn"), trace(pipe):
+        pass
+    for wrong in ({"prompt": ["a", "b"]}, {"prompt": "a", "num_images_per_prompt": 2}):
+        with pytest.raises(TypeError, match="a trace holds one picture of one text"), trace(pipe):
+            pipe(**wrong, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_words_that_are_not_in_the_prompt(pipes, kind):
+    """The prompt itself, asked as another text, gives the prompt's own maps; another text gives its own."""
+    same = traced(pipes[kind], also=PROMPT, heads=True)
+    for name in same.layers:
+        np.testing.assert_allclose(
+            same.also.maps[name].astype(float), same.maps[name].astype(float), atol=1e-3
+        )
+    other = traced(pipes[kind], also="a red harp")
+    assert np.array_equal(other.image, same.image), "asking changes no picture"
+    assert other.also.words == ("a", "red", "harp")
+    np.testing.assert_allclose(other.also.share(range(77)), 1, atol=5e-3)
+    assert np.abs(other.also.word("harp") - other.word("umbrella")).max() > 0.01
+    with trace(pipes[kind], also="a red harp") as maps:
+        plain(pipes[kind])
+    np.testing.assert_array_equal(maps.also.word("harp"), other.also.word("harp"))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_picture_that_exists(pipes, kind):
+    """Its maps are those of a plain pass over the picture with noise, at the moments that were asked for."""
+    pipe, rng, moments = pipes[kind], np.random.default_rng(0), [801, 201]
+    picture, scheduler = Image.fromarray(rng.integers(0, 256, (64, 128, 3), np.uint8)), pipe.scheduler
+    t = trace(pipe, PROMPT, seed=4, image=picture, timesteps=moments[::-1])
+    assert t.image is picture and t.timesteps == (801, 201) and pipe.scheduler is scheduler
+    assert not left_on(pipe) and t.word("apple").shape == ((8, 16) if kind == "sd1" else (4, 8))
+    if kind == "sd1":  # XL's pass takes more than a text
+        with torch.no_grad(), record_attention(pipe.unet) as record:
+            pixels = pipe.image_processor.preprocess(picture)
+            clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(4))
+            both = (x.repeat(2, 1, 1, 1) for x in (clean, noise))
+            text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0].repeat(2, 1, 1)
+            pipe.unet(scheduler.add_noise(*both, torch.tensor(moments)), torch.tensor(moments), text)
+        for name, maps in record.probs.items():
+            expected = (
+                maps.mean(1, keepdim=True)
+                .transpose(-1, -2)
+                .unflatten(-1, layer_size(maps.shape[-2], clean.shape[-2:]))
+            )
+            np.testing.assert_allclose(t.maps[name].astype(float), expected, atol=1e-3)
+    assert trace(pipe, PROMPT, image=picture).timesteps == (750, 500, 250)
 
 
 # ---- settings of the pipeline
@@ -414,7 +489,9 @@ def test_a_long_prompt_warns_and_names_what_was_cut(pipe):
     prompt = " ".join(f"word{i}" for i in range(199)) + " umbrella"
     with pytest.warns(UserWarning, match="longer than 77 tokens.*word198 umbrella") as caught:
         t = trace(pipe, prompt, num_inference_steps=1)
-    assert [Path(w.filename).name for w in caught] == [Path(__file__).name]
+        with trace(pipe):
+            plain(pipe, prompt)
+    assert [Path(w.filename).name for w in caught] == [Path(__file__).name] * 2
     assert t.cut.endswith("word198 umbrella") and prompt.endswith(t.cut)
     assert len(t.tokens) == 77 and t.tokens[-1].kind == "end"
     with pytest.raises(WordNotInPromptError):
