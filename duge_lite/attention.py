@@ -5,8 +5,8 @@
 
 Hooks on the ``attn2`` modules see what these are given: the model, its attention processors and arithmetic
 stay as they are, and pictures are the same to the bit. All of it is ours, but for scaling one word's
-attention (prompt-to-prompt, Hertz et al., arXiv 2208.01626) and watching a pipeline at work (DAAM, Tang et
-al., arXiv 2210.04885).
+attention (prompt-to-prompt, Hertz et al., arXiv 2208.01626) and its maps by word (DAAM, Tang et al., arXiv
+2210.04885).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Size = tuple[int, int]
 
 def cross_attention_layers(unet: torch.nn.Module) -> dict[str, Attention]:
     """The cross-attention modules (``attn2``) by name, in forward order; NoCrossAttentionError if none."""
-    found = {name: part for name, part in unet.named_modules() if name.split(".")[-1] == "attn2"}
-    layers = {n: part for n, part in found.items() if isinstance(part, Attention) and part.is_cross_attention}
+    parts = {n: p for n, p in unet.named_modules() if n.endswith("attn2") and isinstance(p, Attention)}
+    layers = {name: part for name, part in parts.items() if part.is_cross_attention}
     if not layers:
         message = "has no cross-attention: expected a UNet with `attn2` modules that read a text"
         raise NoCrossAttentionError(f"{type(unet).__name__} {message}")
@@ -70,6 +70,14 @@ def attention_maps(layer: Attention, hidden: Tensor, text: Tensor, mask: Tensor 
     return (scores if mask is None else scores + mask[:, None]).softmax(dim=-1)
 
 
+def mean_map(layers: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of ``layers`` (n, m, h, w), each enlarged to the largest one's size."""
+    size = max((maps.shape[-2:] for maps in layers), key=math.prod)
+    return np.mean(
+        [F.interpolate(torch.from_numpy(x), size, mode="bilinear").numpy() for x in layers], axis=0
+    )
+
+
 # ---- recording
 
 
@@ -77,11 +85,8 @@ def attention_maps(layer: Attention, hidden: Tensor, text: Tensor, mask: Tensor 
 class AttentionRecorder:
     """What the cross-attention layers did in the last forward pass, by layer name in forward order."""
 
-    layers: tuple[str, ...]
-    size: Size | None = None  # (H, W) of the latents
     probs: dict[str, Tensor] = field(default_factory=dict)  # (B, heads, H*W, T), the last axis sums to 1
     outputs: dict[str, Tensor] = field(default_factory=dict)  # after `to_out` (B, H*W, C)
-    sizes: dict[str, Size] = field(default_factory=dict)  # (H, W) of each layer
     stopped: bool = False
 
     def stop(self) -> None:
@@ -93,34 +98,27 @@ class AttentionRecorder:
 
 @contextmanager
 def record_attention(
-    unet: torch.nn.Module, size: Size | None = None, probs: bool = True, outputs: bool = False
+    unet: torch.nn.Module, probs: bool = True, outputs: bool = False
 ) -> Iterator[AttentionRecorder]:
     """Records the cross-attention of every forward pass made inside the ``with`` block.
 
-    Gradients flow through what is recorded unless the pass runs under ``torch.no_grad()``; with gradient
-    checkpointing call ``backward`` inside the block. ``size`` is that of the latents, by default of what the
-    UNet is given; ``probs`` and ``outputs`` say what is kept. Raises NoCrossAttentionError when there is
-    nothing to record, ValueError when ``size`` does not fit what the layers see.
+    ``probs`` and ``outputs`` say what is kept. Gradients flow through it unless the pass runs under
+    ``torch.no_grad()``; with gradient checkpointing call ``backward`` inside the block. Raises
+    NoCrossAttentionError when there is nothing to record.
     """
-    layers = cross_attention_layers(unet)
-    recorder = AttentionRecorder(tuple(layers), size)
-
-    def measure(_, args: tuple, kwargs: dict) -> None:
-        recorder.size = size or tuple((args[0] if args else kwargs["sample"]).shape[-2:])
+    recorder = AttentionRecorder()
 
     def keep(name: str, layer: Attention, args: tuple, kwargs: dict, output: Tensor) -> None:
-        recorder.sizes[name] = layer_size(args[0].shape[1], recorder.size)
-        kept = {"outputs": output} if outputs else {}
         if probs:  # also when it is stopped: checkpointing wants the same again
             text, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
-            kept["probs"] = attention_maps(layer, args[0], text, mask)
-        for what, value in kept.items():
-            if not recorder.stopped:
-                getattr(recorder, what)[name] = value
+            maps = attention_maps(layer, args[0], text, mask)
+        if probs and not recorder.stopped:
+            recorder.probs[name] = maps
+        if outputs and not recorder.stopped:
+            recorder.outputs[name] = output
 
     with ExitStack() as hooks:
-        hooks.callback(unet.register_forward_pre_hook(measure, with_kwargs=True).remove)
-        for name, layer in layers.items():
+        for name, layer in cross_attention_layers(unet).items():
             hooks.callback(layer.register_forward_hook(partial(keep, name), with_kwargs=True).remove)
         yield recorder
 
@@ -196,24 +194,17 @@ def read_tokens(tokenizer, prompt: str) -> tuple[list[Token], list[str], str]:
     return tokens, [prompt[start:stop] for start, stop in spans], cut
 
 
-def find_positions(
-    tokens: Sequence[Token], words: Sequence[str], word: str, occurrence: int | None = None
-) -> list[int]:
-    """Token positions of a word or phrase: :meth:`AttentionTrace.positions` without a trace."""
+def find_positions(tokens: Sequence[Token], words: Sequence[str], word: str) -> list[int]:
+    """Token positions of a word wherever it stands, of a phrase, or of "<start>", "<end>", "<pad>"."""
     wanted = "".join(unicodedata.normalize("NFC", word).split()).casefold()
     known = ["".join(w.split()).casefold() for w in words]
-    every = [range(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
-    places = [part for part in every if "".join(known[part.start : part.stop]) == wanted]
-    found = [[i for i, t in enumerate(tokens) if t.word in part] for part in places]
-    if not found and word in ("<start>", "<end>", "<pad>"):
-        found = [[i for i, t in enumerate(tokens) if t.text == word]]
-    if not found or not found[0]:
+    parts = [range(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
+    inside = {k for part in parts if "".join(known[part.start : part.stop]) == wanted for k in part}
+    special = not inside and word in ("<start>", "<end>", "<pad>")
+    found = [i for i, t in enumerate(tokens) if t.word in inside or (special and t.text == word)]
+    if not found:
         raise WordNotInPromptError(word, words)
-    if occurrence is None:
-        return sorted({i for positions in found for i in positions})
-    if not -len(found) <= occurrence < len(found):
-        raise WordNotInPromptError(f"{word} (occurrence {occurrence}, counted from 0)", words)
-    return found[occurrence]
+    return found
 
 
 # ---- the trace
@@ -287,30 +278,21 @@ class AttentionTrace:
             raise IndexError(f"head {index}: {known}")
         return replace(self, maps={k: v[:, index : index + 1] for k, v in self.maps.items()})
 
-    def positions(self, word: str, occurrence: int | None = None) -> list[int]:
-        """Token positions of a word, of a phrase such as "bow tie", or of "<start>", "<end>", "<pad>".
+    def positions(self, word: str) -> list[int]:
+        """As :func:`find_positions`; raises WordNotInPromptError."""
+        return find_positions(self.tokens, self.words, word)
 
-        ``occurrence`` picks the first (0), second (1) ... of a repeated word; otherwise it is all of them.
-        Raises WordNotInPromptError.
+    def word(self, word: str) -> np.ndarray:
+        """Where ``word`` looks: the share of attention that its tokens get together, (h, w), float32.
+
+        A repeated word is all of its places; a phrase such as "bow tie" is one. Raises WordNotInPromptError.
         """
-        return find_positions(self.tokens, self.words, word, occurrence)
-
-    def word(self, word: str, occurrence: int | None = None) -> np.ndarray:
-        """Where ``word`` looks: the share of attention that its tokens get together, (h, w), float32."""
-        return self.share(self.positions(word, occurrence))
+        return self.share(self.positions(word))
 
     def share(self, positions: Sequence[int]) -> np.ndarray:
-        """What the token ``positions`` get together, (h, w): the mean over heads, steps and layers.
-
-        Maps of small layers are enlarged to the largest one's size.
-        """
-        size = max((v.shape[-2:] for v in self.maps.values()), key=math.prod)
-        total = np.zeros(size, dtype=np.float32)
-        for maps in self.maps.values():
-            mean = maps[:, :, list(positions)].astype(np.float32).sum(axis=2).mean(axis=(0, 1))
-            one = torch.from_numpy(mean)[None, None]
-            total += F.interpolate(one, size=size, mode="bilinear")[0, 0].numpy()
-        return total / len(self.maps)
+        """What the token ``positions`` get together, (h, w): the mean over heads, steps and layers."""
+        every = (maps[:, :, list(positions)].astype(np.float32) for maps in self.maps.values())
+        return mean_map([maps.sum(axis=2).mean(axis=(0, 1), keepdims=True) for maps in every])[0, 0]
 
     def shares(self) -> np.ndarray:
         """The share of all attention that each token gets, (T,); sums to 1."""

@@ -28,11 +28,10 @@ from .viewer import COLORS, layer_label
 
 KEPT, LOST, ACCENT, LEFT = "#35618f", "#c8553d", "#5b5b66", "#6a51a3"  # told apart by lightness too
 WISHED = LinearSegmentedColormap.from_list("wished", [LOST, "white", LEFT])
-PANELS = 12
-Names, Rows = Sequence[str], Sequence[Sequence[Image.Image]]
-SERIES = (KEPT, LOST, ACCENT, "#d9a441", "#3f8f6b", "#1b1b1b", LEFT)
-LOOKS = [dict(marker=m, color=c, ms=6, lw=1.8) for m, c in zip("oXs^DPv", SERIES, strict=True)]
+SERIES = {"o": KEPT, "X": LOST, "s": ACCENT, "^": "#d9a441", "D": "#3f8f6b", "P": "#1b1b1b", "v": LEFT}
+LOOKS = [dict(marker=marker, color=color, ms=6, lw=1.8) for marker, color in SERIES.items()]
 OWN = {"oracle": 0, "exact": 1, "unlearned": 1, "base": 2}  # which of the looks is kept for whom
+Names, Rows = Sequence[str], Sequence[Sequence[Image.Image]]
 
 
 class Plot(Figure):
@@ -77,7 +76,7 @@ def _plot(width, height, rows=1, columns=1, title="", caption="", **how) -> tupl
 
 def _said(figure: Plot, title: str, parts: Iterable[str], between: str = "; ") -> Plot:
     """The figure, with its alternative text."""
-    figure.alt = f"{title.rstrip('.?!')}: " + between.join(parts)
+    figure.alt = ": ".join(filter(None, (title.rstrip(".?!"), between.join(parts))))
     return figure
 
 
@@ -106,16 +105,20 @@ def _looks(names: Names) -> dict[str, dict]:
 
 def _lines(
     panels: Mapping[str, Mapping[str, pd.Series]], title: str, x: str, caption: str = "", share: bool = True
-) -> tuple[Plot, np.ndarray]:
+) -> Plot:
     """A panel per heading, a line per name, which stands at its right end in the last panel.
 
     ``share``: all panels show shares, from 0 to 100 %.
     """
     looks = _looks([name for lines in panels.values() for name in lines])
     figure, ((*axes,),) = _plot(2.4 * len(panels) + 2.4, 3.1, 1, len(panels), title, caption, sharey=share)
+    said = []
     for one, (heading, lines) in zip(axes, panels.items(), strict=True):
         for name, line in lines.items():
             one.plot(line.index, line, **looks[name])
+            if len(line):
+                ends = f"{line.iloc[0]:.3g} to {line.iloc[-1]:.3g}"
+                said.append(" ".join(f"{heading} {name} {ends}".split()))
         one.set_ylim(*((-0.04, 1.04) if share else (min(0, one.get_ylim()[0]), None)))
         _tidy(one, heading, x, percent="y" if share else "")
         one.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -125,9 +128,7 @@ def _lines(
         at = max(min(max(y, low), high), at + 0.085 * (high - low))  # apart, where they would touch
         how = dict(color=looks[name]["color"], fontsize=8, va="center", transform=one.get_yaxis_transform())
         one.text(1.03, at, name, **how)
-    ends = [(h, n, s.iloc[0], s.iloc[-1]) for h, lines in panels.items() for n, s in lines.items() if len(s)]
-    said = (" ".join(f"{h} {n} {a:.3g} to {b:.3g}".split()) for h, n, a, b in ends)
-    return _said(figure, title, said), axes
+    return _said(figure, title, said)
 
 
 def _dots(axes: Axes, rows: Names, series: Sequence[tuple[pd.DataFrame, dict]]) -> None:
@@ -136,7 +137,7 @@ def _dots(axes: Axes, rows: Names, series: Sequence[tuple[pd.DataFrame, dict]]) 
     for k, (table, look) in enumerate(series):
         at = np.array([rows.index(name) for name in table.index]) + apart * (k - (len(series) - 1) / 2)
         axes.hlines(at, table.low, table.high, color=look["color"], linewidth=2, alpha=0.5)
-        axes.plot(table.value, at, **{"ms": 7, "ls": ""} | look)
+        axes.plot(table.value, at, **look | {"ls": ""})
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.set_ylim(len(rows) - 0.45, -0.55)
 
@@ -202,20 +203,17 @@ def picture_history(pictures: Rows, names: Names, requests: Names, title: str = 
 # ---- attention
 
 
-def _distinct(trace: AttentionTrace, words: Names | str | None, most: int) -> list[str]:
-    """The words that are asked for, by default every distinct word of the prompt; at most ``most``."""
-    words = list({w.lower(): w for w in trace.words}.values()) if words is None else words
+def _some(words: Names | str) -> list[str]:
     words = [words] if isinstance(words, str) else list(words)
     if not words:
-        raise ValueError("no words to show: the prompt is empty; ask for '<start>', '<end>' or '<pad>'")
-    return words[:most]
+        raise ValueError("no words to show: expected at least one, such as '<start>'")
+    return words
 
 
-def _maps(rows, title: str) -> tuple[Plot, np.ndarray]:
+def _maps(rows, title: str) -> Plot:
     """Panels (title, picture, map) in rows: a picture alone, or in grey under a map; maps share one scale."""
-    norm = Normalize(
-        0, max(1e-9, *(float(heat.max()) for row in rows for *_, heat in row if heat is not None))
-    )
+    largest = max(float(heat.max()) for row in rows for *_, heat in row if heat is not None)
+    norm = Normalize(0, max(1e-9, largest))
     height, width = len(rows), max(map(len, rows))
     figure, axes = _plot(1.45 * width + 0.9, 1.5 * height + 0.5, height, width, title)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
@@ -235,7 +233,7 @@ def _maps(rows, title: str) -> tuple[Plot, np.ndarray]:
     bar.solids.set_alpha(1)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("share of a place's attention", fontsize=8)
-    return figure, axes
+    return figure
 
 
 def _where(heat: np.ndarray) -> str:
@@ -245,18 +243,18 @@ def _where(heat: np.ndarray) -> str:
     return f"most at the {' '.join(names)} ({heat.max():.1%})"
 
 
-def word_overlay(trace: AttentionTrace, words: Names | str | None = None, title: str = "") -> Plot:
+def word_overlay(trace: AttentionTrace, words: Names | str, title: str = "") -> Plot:
     """The picture, and over it where each word looks: the mean over all steps and layers of ``trace``."""
-    maps = {word: trace.word(word) for word in _distinct(trace, words, PANELS - 1)}
+    maps = {word: trace.word(word) for word in _some(words)}
     panels = [("the picture", trace.image, None)]
     panels += [(f"“{word}” {heat.mean():.1%}", trace.image, heat) for word, heat in maps.items()]
-    figure, _ = _maps([panels[i : i + 4] for i in range(0, len(panels), 4)], title or trace.prompt)
+    figure = _maps([panels[i : i + 4] for i in range(0, len(panels), 4)], title or trace.prompt)
     looks = (f"{word}, {_where(heat)}" for word, heat in maps.items())
     return _said(figure, f"Where words look in the picture of “{trace.prompt}”", looks)
 
 
 def _parts(trace: AttentionTrace, by: str, word: str, most: int) -> dict[str, AttentionTrace]:
-    """The trace in at most ``most`` parts, by name."""
+    """The trace in parts, by name: in at most ``most`` steps or heads, or in all its levels."""
     if by == "step":
         count = len(trace.timesteps)
         steps = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
@@ -267,39 +265,31 @@ def _parts(trace: AttentionTrace, by: str, word: str, most: int) -> dict[str, At
         if count == 1:
             trace.head(1)  # raises, and says what to do
         return {f"{where}, head {i}": trace.layer(best).head(i) for i in range(min(count, most))}
-    for coarse in (False, True):  # by size alone, where there would be too many panels
-        levels: dict[str, list[str]] = {}
-        for name, maps in trace.maps.items():
-            part = "" if coarse else layer_label(name).split()[0] + " "
-            levels.setdefault(f"{part}{maps.shape[-1]}×{maps.shape[-2]}", []).append(name)
-        if len(levels) <= most:
-            break
+    if by != "layer":
+        raise ValueError(f"by = {by!r}: expected one of step, layer, head")
+    levels: dict[str, list[str]] = {}
+    for name, maps in trace.maps.items():
+        level = f"{layer_label(name).split()[0]} {maps.shape[-1]}×{maps.shape[-2]}"
+        levels.setdefault(level, []).append(name)
     return {level: trace.layer(*layers) for level, layers in levels.items()}
 
 
-TITLES = {"step": "From noise to picture", "layer": "Where it looks, level by level"}
-TITLES["head"] = "Each head looks for something of its own"
-
-
-def words_by(trace: AttentionTrace, by: str, words: Names | str | None = None, title: str = "") -> Plot:
+def words_by(trace: AttentionTrace, by: str, words: Names | str, title: str = "") -> Plot:
     """Words (rows) by "step", by "layer" (the levels of the UNet) or by "head", the picture beside them.
 
     Heads are those of the layer that gives the first word most, of a trace made with ``heads=True``; steps
     lie on the half-finished pictures, where the trace has previews. Raises ValueError for another ``by``,
     IndexError when the heads are not apart.
     """
-    if by not in TITLES:
-        raise ValueError(f"by = {by!r}: expected one of {', '.join(TITLES)}")
-    words = _distinct(trace, words, 4)
-    parts = _parts(trace, by, words[0], PANELS // len(words) - 1)
-    rows = []
+    words, rows = _some(words), []
+    parts = _parts(trace, by, words[0], max(1, 12 // len(words) - 1))
     for word in words:
         rows.append([(f"“{word}” →", trace.image, None)])
         for name, part in parts.items():
             under = part.previews[0] if by == "step" and part.previews else trace.image
             rows[-1].append((name, under, part.word(word)))
-    figure, _ = _maps(rows, title or TITLES[by])
-    return _said(figure, f"{title or TITLES[by]}, {', '.join(words)}", parts, ", ")
+    figure = _maps(rows, title)
+    return _said(figure, f"{title}, {', '.join(words)}", parts, ", ")
 
 
 def attention_difference(before: AttentionTrace, after: AttentionTrace, word: str, title: str = "") -> Plot:
@@ -312,30 +302,27 @@ def attention_difference(before: AttentionTrace, after: AttentionTrace, word: st
     change = maps[1] - maps[0]
     most = max(1e-9, float(np.abs(change).max()))
     row.append((f"change, up to {100 * most:.1f} points", after.image, None))
-    figure, axes = _maps([row], title or before.prompt)
-    axes[0, -1].imshow(change, cmap="PuOr_r", vmin=-most, vmax=most, extent=(0, *after.image.size, 0))
+    figure = _maps([row], title or before.prompt)
+    figure.axes[len(row) - 1].imshow(
+        change, cmap="PuOr_r", vmin=-most, vmax=most, extent=(0, *after.image.size, 0)
+    )
     means = zip(("before", "after"), maps, strict=True)
     return _said(figure, title or before.prompt, (f"“{word}” gets {m.mean():.2%} {n}" for n, m in means))
 
 
-def concentration(
-    trace: AttentionTrace,
-    words: Names | str | None = None,
-    title: str = "How narrowly each word looks: 0 is evenly over the picture, 1 a single place",
-) -> Plot:
-    """How narrowly each word looks, step by step."""
+def concentration(trace: AttentionTrace, words: Names | str, title: str = "") -> Plot:
+    """How narrowly each word looks, step by step: 0 is evenly over the picture, 1 a single place."""
     steps = range(1, len(trace.timesteps) + 1)
-    lines = {w: pd.Series(trace.concentration(w), steps) for w in _distinct(trace, words, len(LOOKS))}
-    figure, _ = _lines({"1 − entropy of where it looks": lines}, title, "step (1 is pure noise)", "", False)
-    return figure
+    lines = {word: pd.Series(trace.concentration(word), steps) for word in _some(words)}
+    return _lines({"1 − entropy of where it looks": lines}, title, "step (1 is pure noise)", share=False)
 
 
-def token_shares(trace: AttentionTrace, title: str = "Who gets the attention") -> Plot:
+def token_shares(trace: AttentionTrace, title: str = "") -> Plot:
     """The share of all attention that each token gets, start, end and padding included (one bar for it)."""
-    table = pd.DataFrame({"share": trace.shares(), "name": [t.text for t in trace.tokens]})
-    pad = np.array([t.kind == "pad" for t in trace.tokens])
-    names = [*table.name[~pad], *([f"<pad> × {pad.sum()}"] if pad.any() else [])]
-    values = [*table.share[~pad], *([table.share[pad].sum()] if pad.any() else [])]
+    shares, pad = trace.shares(), np.array([t.kind == "pad" for t in trace.tokens])
+    names, values = [t.text for t in trace.tokens if t.kind != "pad"], list(shares[~pad])
+    if pad.any():
+        names, values = [*names, f"<pad> × {pad.sum()}"], [*values, shares[pad].sum()]
     figure, ((one,),) = _plot(6, 0.6 + 0.24 * len(names), title=title)
     bars = one.barh(range(len(names)), values, color=["#c9c9d1" if n[0] == "<" else KEPT for n in names])
     one.bar_label(bars, [f"{v:.1%}" for v in values], fontsize=8, padding=3)
@@ -354,7 +341,7 @@ LOSSES = {"forget": "attention", "prior": "prior", "regularization": "regulariza
 def loss_curves(history: pd.DataFrame, title: str = "The three losses while forgetting") -> Plot:
     """One panel per loss (unweighted); ``history`` by iteration."""
     panels = {f"{label} loss": {"": history[name]} for name, label in LOSSES.items()}
-    return _lines(panels, title, "iteration", share=False)[0]
+    return _lines(panels, title, "iteration", share=False)
 
 
 def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer by layer") -> Plot:
@@ -363,8 +350,8 @@ def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer
     for name in LOSSES.values():
         ends = {when: history[f"{name} {when}"].set_axis(range(len(layers))) for when in ("before", "after")}
         panels[f"{name} loss"] = {when: end.where(end > 0) for when, end in ends.items()}
-    figure, axes = _lines(panels, title, "layer", "● before, ✕ after; none: 0", share=False)
-    for one in axes:
+    figure = _lines(panels, title, "layer", "● before, ✕ after; none: 0", share=False)
+    for one in figure.axes:
         one.set_yscale("log")
         one.autoscale(axis="y")
         one.yaxis.set_major_formatter("{x:g}")
@@ -374,7 +361,7 @@ def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer
     return _said(figure, f"{title}, means over layers", means)
 
 
-def bowl(far: np.ndarray, losses: np.ndarray, title: str) -> Plot:
+def bowl(far: np.ndarray, losses: np.ndarray, title: str = "") -> Plot:
     """The loss along ways through a solution: ``far`` (n,) to either side, ``losses`` (ways, n)."""
     figure, axes = _plot(5.6, 3.0, title=title, caption=f"{len(losses)} random directions, both ways")
     one = axes[0, 0]
@@ -393,19 +380,21 @@ def bowl(far: np.ndarray, losses: np.ndarray, title: str) -> Plot:
 
 def accuracy_plot(before: pd.DataFrame, after: pd.DataFrame, forgotten: Names = (), title: str = "") -> Plot:
     """The judge's accuracy per concept before (open) and after (filled), with 95 % intervals."""
-    title = title or "What the judge recognises, before and after"
     names, gone = list(before.index), after.index.isin(forgotten)
     n = f", n = {int(after.images.iloc[0])} pictures each" if "images" in after else ""
     caption = f"○ before; ● after, to be kept; ✕ after, to be forgotten; lines: 95 % intervals{n}"
     figure, ((one,),) = _plot(6.4, 0.9 + 0.25 * len(names), title=title, caption=caption)
     looks = (LOOKS[2] | {"marker": "o", "mfc": "white"}, LOOKS[0], LOOKS[1])
     tables = [t.rename(columns={"accuracy": "value"}) for t in (before, after[~gone], after[gone])]
-    _dots(one, names, [(table, look | {"ls": ""}) for table, look in zip(tables, looks, strict=True)])
+    _dots(one, names, list(zip(tables, looks, strict=True)))
     one.set_yticks(range(len(names)), [f"✕ {c}" if c in forgotten else c for c in names])
     _tidy(one, "", "named right by the judge", "", "x")
     one.set_xlim(-0.04, 1.04)
     moves = (f"{n} {before.accuracy[n]:.2f} to {after.accuracy[n]:.2f}" for n in names)
     return _said(figure, title, moves, ", ")
+
+
+WHITE = "% named right; white: as wished; framed: was to go"
 
 
 def accuracy_matrix(matrix: pd.DataFrame, requests: Names, title: str = "") -> Plot:
@@ -414,10 +403,9 @@ def accuracy_matrix(matrix: pd.DataFrame, requests: Names, title: str = "") -> P
     White is as wished (gone, or there); red is lost, violet is still there although it was to go, which the
     frames tell too. Raises ValueError when a request has no column.
     """
-    title = title or "Accuracy of each concept (column) after each request (row)"
-    caption = "% named right; white: as wished; framed: was to go"
-    figure, axes = _plot(1.5 + 0.46 * matrix.shape[1], 1.6 + 0.34 * len(matrix), title=title, caption=caption)
-    _matrix(axes[0, 0], matrix, requests)
+    width, height = 1.5 + 0.46 * matrix.shape[1], 1.6 + 0.34 * len(matrix)
+    figure, ((axes,),) = _plot(width, height, title=title, caption=WHITE)
+    _matrix(axes, matrix, requests)
     last = (f"{name} {value:.2f}" for name, value in matrix.iloc[-1].items())
     return _said(figure, f"{title}. After {', '.join(requests)}", last, ", ")
 
@@ -450,17 +438,15 @@ def _matrix(axes: Axes, matrix: pd.DataFrame, requests: Names, at: int | None = 
         axes.get_yticklabels()[at].set(fontweight="bold")
 
 
-def timeline_step(
-    pictures: Rows, names: Names, requests: Names, matrix: pd.DataFrame, at: int, alt: str = ""
-) -> Plot:
+def timeline_step(pictures: Rows, names: Names, requests: Names, matrix: pd.DataFrame, at: int) -> Plot:
     """Pictures of the base and of model ``at`` (framed: was to go), and the matrix with its row marked."""
-    figure = Plot(figsize=(10, 3.4 + 0.3 * len(matrix)), dpi=100, layout="constrained")
-    figure.colors, figure.alt = 256, alt
-    above, below = figure.subplots(2, 1, height_ratios=(2, 1.2 + 0.25 * len(matrix)))
+    heights = (2, 1.2 + 0.25 * len(matrix))
+    figure, ((above,), (below,)) = _plot(10, 3.4 + 0.3 * len(matrix), 2, 1, height_ratios=heights)
+    figure.colors = 256
     gone = {(1, j) for j, name in enumerate(names) if name in requests[:at]}
     _grid(above, (pictures[0], pictures[at]), ("base", step_labels(requests)[at]), names, gone)
     _matrix(below, matrix, requests, at)
-    below.set_title("% named right; white: as wished; framed: was to go", fontsize=8, color=ACCENT)
+    below.set_title(WHITE, fontsize=8, color=ACCENT)
     return figure
 
 
@@ -473,12 +459,10 @@ METRICS = {
 """What is shown of a sequence's metrics, and what it is called."""
 
 
-def metrics_over_requests(
-    tables: Mapping[str, pd.DataFrame], title: str = "What is gone, and what is left", caption: str = ""
-) -> Plot:
+def metrics_over_requests(tables: Mapping[str, pd.DataFrame], title: str = "", caption: str = "") -> Plot:
     """A panel per metric, a line per sequence; ``tables`` holds metrics by name."""
     lines = {name: {label: table[name] for label, table in tables.items()} for name in METRICS}
-    return _lines({METRICS[n]: line for n, line in lines.items()}, title, "requests", caption)[0]
+    return _lines({METRICS[n]: line for n, line in lines.items()}, title, "requests", caption)
 
 
 def pareto_front(table: pd.DataFrame) -> list[str]:
@@ -489,11 +473,7 @@ def pareto_front(table: pd.DataFrame) -> list[str]:
     return list(table.index[~beaten])
 
 
-def trade_off(
-    table: pd.DataFrame,
-    title: str = "Gone, and kept: further up and to the right is better",
-    axes_labels: tuple[str, str] = ("what is left of all other concepts", "what is gone of the concept"),
-) -> Plot:
+def trade_off(table: pd.DataFrame, title: str, axes_labels: tuple[str, str]) -> Plot:
     """A point per row of ``table``, whose two columns are drawn to the right and up; more of both is better.
 
     Rows on the Pareto front (:func:`pareto_front`, of whole percents: less is a picture or two) are filled;
@@ -525,7 +505,7 @@ def trade_off(
 # ---- attacks
 
 
-def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?") -> Plot:
+def attack_summary(table: pd.DataFrame, title: str = "") -> Plot:
     """Each attack's share of pictures with the concept, a marker per model, with 95 % intervals.
 
     ``table`` as :func:`duge_lite.attacks.shares` counts it by ``["attack", "model"]``; both in the order in
@@ -537,7 +517,7 @@ def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?") -> Plo
     figure, ((one,),) = _plot(7.6, height, title=title, caption=caption)
     parts = {m: table.xs(m, level=1).rename(columns={"seen": "value"}) for m in models}
     looks = _looks(models)
-    _dots(one, attacks, [(parts[m], looks[m] | {"ls": ""}) for m in models])
+    _dots(one, attacks, [(parts[m], looks[m]) for m in models])
     for model, line in zip(models, one.lines, strict=True):  # in the first row, beside its interval
         place = (parts[model].high.iloc[0], line.get_ydata()[0])
         look = dict(va="center", fontsize=8, color=line.get_color())
@@ -545,23 +525,3 @@ def attack_summary(table: pd.DataFrame, title: str = "Who gets it back?") -> Plo
     _tidy(one, percent="x")
     one.set_xlim(-0.03, 1.12)
     return _said(figure, title, (f"{a}, {m}: {s:.0%}" for (a, m), s in table.seen.items()))
-
-
-def recovery_curves(
-    curves: Mapping[str, pd.DataFrame], known: float, title: str = "How fast does it come back?"
-) -> Plot:
-    """Against fine-tuning steps: what the judge sees (95 % bands), and the denoising error, told the name.
-
-    ``curves`` as :func:`duge_lite.attacks.shares` counts :func:`duge_lite.attacks.relearning` by ``"step"``;
-    ``known`` is the base model's error. A name with a comma ("oracle, other pictures") is a control: dotted.
-    """
-    told = {name: curve.told for name, curve in curves.items()}
-    told["base"] = pd.Series(known, next(iter(curves.values())).index)
-    panels = {"The judge: pictures with the concept": {name: curve.seen for name, curve in curves.items()}}
-    panels["No judge: error on new drawings, told the name"] = told
-    figure, (left, right) = _lines(panels, title, "fine-tuning steps", "bands: 95 % intervals", False)
-    for curve, line in zip(curves.values(), left.lines, strict=True):
-        left.fill_between(curve.index, curve.low, curve.high, color=line.get_color(), alpha=0.12, linewidth=0)
-    left.set_ylim(-0.03, 1.03)
-    left.yaxis.set_major_formatter(PercentFormatter(1.0))
-    return figure

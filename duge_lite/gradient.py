@@ -145,7 +145,7 @@ def watching(
     """Records what the layers write on latents like ``noisy``, if ``objective`` looks at that; else None."""
     if not objective.of_layers:
         return nullcontext()
-    return record_attention(unet, noisy.shape[-2:], probs=False, outputs=True)
+    return record_attention(unet, probs=False, outputs=True)
 
 
 def answered(noise_pred: Tensor, record: AttentionRecorder | None, part: slice) -> Answer:

@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 
 import matplotlib
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from IPython.display import HTML
 from PIL import Image
 
-from .attention import AttentionTrace
+from .attention import AttentionTrace, mean_map
 from .models import course_dir
 
 BUDGET = 900_000  # numbers that the maps of one page may hold, a byte each before compression
@@ -59,7 +60,7 @@ class Slides(HTML):
             all combinations, the last control changing fastest. By default one slider.
         start: the state that is shown first.
 
-    The kernel is not needed: it works in an exported notebook; without scripts the first picture remains.
+    Needs no kernel; without scripts the first picture remains.
     """
 
     def __init__(
@@ -75,37 +76,32 @@ class Slides(HTML):
         if not len(pictures) == len(labels) == math.prod(map(len, controls.values())):
             raise ValueError(f"{len(pictures)} pictures, {len(labels)} labels: expected one for each state")
         frames = [p if isinstance(p, Mapping) else {"": [("", p, None)]} for p in pictures]
-        known: dict[str, int] = {}
+        known: dict[str, int] = {}  # equal pictures travel once
+
+        def number(picture: bytes | Image.Image) -> int:
+            return known.setdefault(_uri(picture), len(known))
+
         rows = [
             [
-                (head, [(c, known.setdefault(_uri(p), len(known)), s) for c, p, s in tiles])
+                (head, [(caption, number(p), share) for caption, p, share in tiles])
                 for head, tiles in f.items()
             ]
             for f in frames
         ]
+        decimal = partial(np.format_float_positional, trim="-")
         first = np.unravel_index(start, [len(values) for values in controls.values()])
-
-        def said(value: str | float) -> str:
-            return value if isinstance(value, str) else np.format_float_positional(value, trim="-")
-
         told = [
             {"name": name, "words": isinstance(values[0], str), "start": int(k),
-             "values": ["" if alone else said(v) for v in values]}
+             "values": ["" if alone else v if isinstance(v, str) else decimal(v) for v in values]}
             for (name, values), k in zip(controls.items(), first, strict=True)
         ]  # fmt: skip
-        data = {
-            "title": "" if alone else title,
-            "labels": list(labels),
-            "controls": told,
-            "frames": rows,
-            "pictures": list(known),
-        }
+        data = {"title": "" if alone else title, "labels": list(labels), "controls": told}
         shown = "".join(
             image_html(p, f"{head}: {caption}" if caption else labels[start])
             for head, tiles in frames[start].items() for caption, p, _ in tiles
         )  # fmt: skip
         text = f"<p><b>{html.escape(title)}</b></p><p>{html.escape(labels[start])}</p>{shown}"
-        super().__init__(_page("slides", data, text))
+        super().__init__(_page("slides", data | {"frames": rows, "pictures": list(known)}, text))
 
 
 def explorable(name: str) -> HTML:
@@ -137,10 +133,6 @@ def _groups(trace: AttentionTrace) -> list[dict]:
     return groups
 
 
-def _enlarge(maps: np.ndarray, size: Sequence[int], mode: str = "bilinear") -> np.ndarray:
-    return F.interpolate(torch.from_numpy(maps), size=tuple(size), mode=mode).numpy()
-
-
 def _layers(
     trace: AttentionTrace, groups: list[dict], budget: int
 ) -> tuple[dict[str, np.ndarray], list[int]]:
@@ -154,11 +146,11 @@ def _layers(
         maps = maps.mean(axis=1, dtype=np.float32)  # (steps, T, h, w)
         summed = np.stack([maps[:, g["at"]].sum(axis=1) for g in groups], axis=1)
         part = max(1, math.ceil(max(summed.shape[-2:]) / 16))
-        summed = _enlarge(summed, [math.ceil(side / part) for side in summed.shape[-2:]], "area")
-        blocks.setdefault(name.split(".transformer_blocks")[0], []).append(summed)
+        size = [math.ceil(side / part) for side in summed.shape[-2:]]
+        coarse = F.interpolate(torch.from_numpy(summed), size, mode="area").numpy()
+        blocks.setdefault(name.split(".transformer_blocks")[0], []).append(coarse)
     merged = {name: np.mean(parts, axis=0) for name, parts in blocks.items()}
-    largest = max((maps.shape[-2:] for maps in merged.values()), key=math.prod)
-    merged = {"": np.mean([_enlarge(maps, largest) for maps in merged.values()], axis=0), **merged}
+    merged = {"": mean_map(list(merged.values())), **merged}
     count = len(trace.timesteps)
     fits = budget * count // max(1, sum(maps.size for maps in merged.values()))
     kept = np.linspace(count - 1, 0, min(count, max(4, fits))).round().astype(int)[::-1].tolist()
@@ -206,7 +198,7 @@ def _view(trace: AttentionTrace, budget: int) -> tuple[dict, list[str]]:
         "prompt": trace.prompt,
         "words": [{k: g[k] for k in ("text", "kind", "nth")} for g in groups],
         "start": start,
-        "steps": [{"index": i + 1, "t": trace.timesteps[i]} for i in steps],
+        "steps": [i + 1 for i in steps],
         "total": count,
         "layers": [
             {"label": f"{layer_label(name)} ({maps.shape[2]}×{maps.shape[3]})" if name else "all layers",
@@ -237,10 +229,12 @@ def viewer_html(traces: Sequence[AttentionTrace], labels: Sequence[str] = ("",))
 
 def _page(kind: str, data: Mapping[str, object], without: str) -> str:
     """What is there ``without`` scripts, and the script that puts controls in its place."""
-    name, ident = {"viewer": "duge", "slides": "duge-slides"}[kind], _script(data) + without
-    ident = hashlib.sha256(ident.encode()).hexdigest()[:16]
-    names = f"{kind}.css", "element.js", f"{kind}.js"
-    css, *parts = (files(__package__).joinpath(file).read_text("utf-8") for file in names)
+    name = {"viewer": "duge", "slides": "duge-slides"}[kind]
+    ident = hashlib.sha256((_script(data) + without).encode()).hexdigest()[:16]
+    css, *parts = (
+        files(__package__).joinpath(file).read_text("utf-8")
+        for file in (f"{kind}.css", "element.js", f"{kind}.js")
+    )
     given = f"const ID = {_script(ident)}, DATA = {_script(data)};\nconst CSS = {_script(css)};"
     js = "\n".join([given, *parts])
     return f'<div data-{name}="{ident}" {OURS}>{without}</div><script>(() => {{\n{js}\n}})();</script>'

@@ -205,10 +205,7 @@ def unlearning_studio(
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every model along a sequence draws, the base first; a notebook shows it as a slider.
-
-    No kernel is needed for that: it works in an exported notebook, too.
-    """
+    """What every model along a sequence draws, the base first; a notebook shows it as a slider."""
 
     requests: tuple[str, ...]
     names: tuple[str, ...]  # what each column of pictures was asked for
@@ -224,16 +221,9 @@ class Timeline:
         numbers = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
         return f"Asked to go: {', '.join(self.requests[:at])}. {numbers}."
 
-    def figure(self, at: int) -> figures.Plot:
-        """Pictures of the base and of model ``at``, and the matrix with its row marked."""
-        if not 0 <= at < len(self.pictures):
-            raise ValueError(f"at = {at}: expected a number from 0 (the base) to {len(self.pictures) - 1}")
-        how = (self.requests, self.matrix, at, self.about(at))
-        return figures.timeline_step(self.pictures, self.names, *how)
-
     def _repr_html_(self) -> str:
-        every = range(len(self.pictures))
-        frames = [self.figure(k).png() for k in every]
+        every, how = range(len(self.pictures)), (self.pictures, self.names, self.requests, self.matrix)
+        frames = [figures.timeline_step(*how, k).png() for k in every]
         return Slides(frames, [self.about(k) for k in every], "After request").data
 
 

@@ -1,6 +1,6 @@
 """The viewer, the sliders, the explorer and the studio in a real Chromium: JupyterLab and a plain page.
 
-Skipped where Chromium is missing. ``DUGE_SCREENSHOTS=folder`` keeps pictures of what the browser showed.
+Skipped where Chromium is missing.
 """
 
 import os
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -62,11 +63,6 @@ def page(browser):
     assert faults == []
 
 
-def look(page, name: str) -> None:
-    if folder := os.environ.get("DUGE_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
 def blobs(tokenizer, prompt: str = PROMPT, **places: tuple[float, float]) -> AttentionTrace:
     """A trace in which each named word looks at one place, more sharply from step to step."""
     t = noise_trace(prompt, tokenizer, steps=5, previews=True)
@@ -81,14 +77,13 @@ def blobs(tokenizer, prompt: str = PROMPT, **places: tuple[float, float]) -> Att
     return t
 
 
-def open_page(page, tmp_path, body: str, background: str = "white"):
-    path = tmp_path / "page.html"
-    path.write_text(
-        f'<!doctype html><meta charset="utf-8"><body style="background: {background}">{body}', "utf-8"
-    )
-    page.goto(path.as_uri())
-    page.locator("section.viewer").first.wait_for()
-    return page.locator("section.viewer")
+def open_page(page, tmp_path, body: str, background: str = "white", first: str = "section.viewer"):
+    """A plain page with ``body``; waits for ``first`` on it, and returns all like it."""
+    start = f'<!doctype html><meta charset="utf-8"><body style="background: {background}">'
+    (tmp_path / "page.html").write_text(start + body, "utf-8")
+    page.goto((tmp_path / "page.html").as_uri())
+    page.locator(first).first.wait_for()
+    return page.locator(first)
 
 
 def brightness(canvas, x: float, y: float) -> int:
@@ -115,9 +110,8 @@ def test_hovering_and_focusing_light_a_word_up(page, tmp_path, tokenizer):
     # over the picture, the words tell what that place looks at
     box = canvas.bounding_box()
     page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.75 * box["height"])
-    shares = chips.locator(".share").all_inner_texts()
-    words = chips.locator(".text").all_inner_texts()
-    numbers = {w: float(s.split()[0]) for w, s in zip(words, shares, strict=True) if s}
+    shown = (chips.locator(part).all_inner_texts() for part in (".share", ".text"))
+    numbers = {word: float(share.split()[0]) for share, word in zip(*shown, strict=True) if share}
     assert max(numbers, key=numbers.get) == "umbrella"
     # start, end and padding on request
     page.mouse.move(1, 1)
@@ -127,7 +121,6 @@ def test_hovering_and_focusing_light_a_word_up(page, tmp_path, tokenizer):
     assert start.is_visible() and viewer.locator(".chip.pad").is_visible()
     shown = float(start.locator(".share").inner_text().split()[0]) / 100
     assert abs(shown - t.kinds()["start"]) < 0.006
-    look(page, "viewer")
 
 
 def test_everything_by_keyboard(page, tmp_path, tokenizer):
@@ -150,12 +143,9 @@ def test_everything_by_keyboard(page, tmp_path, tokenizer):
     assert step.get_attribute("aria-valuetext") == "step 1 of 5"
     page.keyboard.press("]")
     assert viewer.get_by_label("Layer", exact=True).get_attribute("aria-valuetext") == "down 0.0 (16×16)"
-    figures = viewer.locator("figure")
-    assert [figures.nth(i).is_visible() for i in (0, 1)] == [True, True]
-    page.keyboard.press("c")
-    assert [figures.nth(i).is_visible() for i in (0, 1)] == [True, False]
-    page.keyboard.press("c")
-    assert [figures.nth(i).is_visible() for i in (0, 1)] == [False, True]
+    for visible in ([True, True], [True, False], [False, True]):
+        assert [figure.is_visible() for figure in viewer.locator("figure").all()] == visible
+        page.keyboard.press("c")
     page.keyboard.press("p")
     page.wait_for_function("e => e.value === '5'", arg=step.element_handle())
     viewer.get_by_role("button", name="Play the steps").wait_for()  # it stops at the end
@@ -171,14 +161,12 @@ def test_a_vanished_word_stays_dark_on_the_common_scale(page, tmp_path, tokenize
     first, second = (viewer.locator("figure canvas").nth(i) for i in (0, 1))
     assert brightness(first, 0.25, 0.25) > 3 * brightness(second, 0.25, 0.25)
     assert "dark" in viewer.get_attribute("class")
-    look(page, "compare-dark")
 
 
 def test_two_viewers_on_one_page_do_not_disturb_each_other(page, tmp_path, tokenizer):
     a, b = blobs(tokenizer, apple=(0.2, 0.2)), blobs(tokenizer, NASTY)
     body = a._repr_html_() + b._repr_html_() + a._repr_html_()  # the first one twice
     viewers = open_page(page, tmp_path, body, background="#111")
-    page.wait_for_function("() => document.readyState === 'complete'")
     viewers.nth(2).wait_for()
     assert viewers.count() == 3
     viewers.nth(0).get_by_label("Step", exact=True).fill("3")
@@ -212,48 +200,38 @@ def test_a_viewer_that_leaves_the_page_goes_quiet_and_one_that_comes_back_follow
 def test_slides_by_keyboard(page, tmp_path):
     frames = [figures.image_grid([[draw(name)]], title=name).png() for name in ("apple", "harp", "star")]
     three = Slides(frames, ["an apple", "then a harp", 'a "star"'], "Three").data
-    (tmp_path / "page.html").write_text('<meta charset="utf-8">' + three * 2, "utf-8")
-    page.goto((tmp_path / "page.html").as_uri())
+    images = open_page(page, tmp_path, three * 2, first="[data-duge-slides] section img")
     slider = page.get_by_label("Three").first
     slider.focus()
     for text in ("then a harp", 'a "star"'):
         page.keyboard.press("ArrowRight")
         assert slider.get_attribute("aria-valuetext") == text
-    images = [image for image in page.locator("[data-duge-slides] section img").all() if image.is_visible()]
-    shown = [image.get_attribute("alt") for image in images]
+    shown = [image.get_attribute("alt") for image in images.all() if image.is_visible()]
     assert shown == ['a "star"', "an apple"], "two on one page do not disturb each other"
     assert page.locator("output").first.inner_text() == 'a "star"'
-    look(page, "slides")
 
 
 def test_without_scripts_the_picture_remains(browser, tmp_path, tokenizer):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    path = tmp_path / "page.html"
-    path.write_text(blobs(tokenizer, apple=(0.2, 0.2))._repr_html_(), "utf-8")
-    page.goto(path.as_uri())
-    assert page.get_by_alt_text("picture drawn from: " + PROMPT).is_visible()
-    context.close()
+    page = browser.new_page(java_script_enabled=False)
+    images = open_page(page, tmp_path, blobs(tokenizer, apple=(0.2, 0.2))._repr_html_(), first="img")
+    assert images.get_attribute("alt") == "picture drawn from: " + PROMPT
+    page.close()
 
 
 def test_in_exported_html(page, tmp_path, tokenizer):
-    t = blobs(tokenizer, apple=(0.25, 0.25))
-    output = nbformat.v4.new_output("execute_result", {"text/html": t._repr_html_(), "text/plain": "x"})
-    cell = nbformat.v4.new_code_cell("trace", execution_count=1, outputs=[output])
+    shown = {"text/html": blobs(tokenizer, apple=(0.25, 0.25))._repr_html_(), "text/plain": "x"}
+    outputs = [nbformat.v4.new_output("execute_result", shown)]
+    cell = nbformat.v4.new_code_cell("trace", execution_count=1, outputs=outputs)
     body, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
-    (tmp_path / "notebook.html").write_text(body, "utf-8")
     page.route("https://**", lambda route: route.abort())  # MathJax and the like: we need none of it
-    page.goto((tmp_path / "notebook.html").as_uri())
-    viewer = page.locator("section.viewer")
+    viewer = open_page(page, tmp_path, body)
     viewer.get_by_label("Step", exact=True).fill("5")
     assert "step 5 of 5" in viewer.locator("canvas[role=img]").get_attribute("aria-label")
 
 
 # ---------------------------------------------------------------------------- JupyterLab
 
-START = """import duge_lite as duge
-pipe = duge.load_pipeline("tiny")
-"""
+START = "import duge_lite as duge\npipe = duge.load_pipeline('tiny')\n"
 SEE = [
     START
     + """app = duge.widgets.attention_explorer(pipe, prompt="a photo of an apple")
@@ -272,7 +250,6 @@ base = {n: p.clone() for n, p in pipe.unet.named_parameters()}
 app = duge.widgets.unlearning_studio(pipe, how)
 app""",
     """print("the same:", all(p.equal(base[n]) for n, p in pipe.unet.named_parameters()))""",
-    """pipe.vae = None  # from here on, drawing fails""",
 ]
 
 
@@ -288,34 +265,26 @@ def lab(tmp_path_factory, tiny_master):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = {
-        "HOME": "",
-        "JUPYTER_CONFIG_DIR": "",
-        "JUPYTER_DATA_DIR": "data",
-        "JUPYTER_RUNTIME_DIR": "runtime",
-    }
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | {k: str(home / v) for k, v in places.items()}
+    own = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    how = {"env": os.environ | {"PYTHONPATH": str(ROOT)} | dict.fromkeys(own, str(home)), "cwd": folder}
     options = ["--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     options += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None"]
     options += ["--LabApp.expose_app_in_browser=True"]
-    address, log = f"http://127.0.0.1:{port}", (home / "log.txt").open("w")
+    address, log = f"http://127.0.0.1:{port}", home / "log.txt"
     command = [sys.executable, "-m", "jupyterlab", *options]
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, (home / "log.txt").read_text()
-            try:
-                urllib.request.urlopen(f"{address}/api", timeout=2)
-                break
-            except OSError:
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, **how) as server:
+        try:
+            for _ in range(600):
+                assert server.poll() is None, log.read_text()
+                with suppress(OSError):
+                    urllib.request.urlopen(f"{address}/api", timeout=2)
+                    break
                 time.sleep(0.5)
-        else:
-            raise AssertionError("JupyterLab did not answer: " + (home / "log.txt").read_text())
-        yield address
-    finally:
-        server.terminate()
-        server.wait(60)
-        log.close()
+            else:
+                raise AssertionError("JupyterLab did not answer: " + log.read_text())
+            yield address
+        finally:
+            server.terminate()
 
 
 def open_notebook(page, lab: str, name: str):
@@ -345,13 +314,6 @@ def run_cell(page, cells, index: int):
     raise AssertionError(f"JupyterLab did not run cell {index}")
 
 
-def one_sentence(app) -> str:
-    alert = app.get_by_role("alert")
-    alert.wait_for()
-    assert "\n" not in alert.inner_text().strip()
-    return alert.inner_text()
-
-
 def test_the_explorer_and_the_viewer_in_jupyterlab(page, lab):
     cells = open_notebook(page, lab, "see")
     count = cells.count()
@@ -360,7 +322,6 @@ def test_the_explorer_and_the_viewer_in_jupyterlab(page, lab):
     draw.click()
     viewer = cells.nth(0).locator("section.viewer")
     viewer.wait_for()
-    look(page, "explorer-in-jupyterlab")
 
     # the viewer by itself, as the value of a cell; its keys are its own and not the notebook's
     run_cell(page, cells, 1)
@@ -379,12 +340,13 @@ def test_the_explorer_and_the_viewer_in_jupyterlab(page, lab):
     page.evaluate("document.body.style.setProperty('--jp-layout-color0', '#111')")
     page.evaluate("document.body.setAttribute('data-jp-theme-light', 'false')")
     page.wait_for_function("e => e.classList.contains('dark')", arg=viewer.element_handle())
-    look(page, "viewer-in-jupyterlab")
 
     # a failing model is one sentence in the widget, and the picture stays
     run_cell(page, cells, 2)
     draw.click()
-    assert "NoneType" in one_sentence(cells.nth(0))
+    alert = cells.nth(0).get_by_role("alert")
+    alert.wait_for()
+    assert "NoneType" in alert.inner_text() and "\n" not in alert.inner_text().strip()
     assert cells.nth(0).locator("section.viewer").is_visible()
 
     # a dollar sign in our text is no mathematics, as it would be in any other output
@@ -410,7 +372,6 @@ def test_the_studio_in_jupyterlab(page, lab):
     app.locator(".noUi-handle").nth(3).focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function("old => document.querySelector('.jp-OutputArea img')?.src !== old", arg=shown)
-    look(page, "studio")
     assert run_cell(page, cells, 1).last.inner_text().strip() == "the same: False"
 
     # undo, twice
@@ -418,10 +379,4 @@ def test_the_studio_in_jupyterlab(page, lab):
     undo.click()
     undo.click()
     app.get_by_text("the model is as it was").wait_for()
-    assert run_cell(page, cells, 1).last.inner_text().strip() == "the same: True"
-
-    # an error is one sentence, and leaves the model as it was
-    run_cell(page, cells, 2)
-    app.locator("select").select_option("car")
-    assert "NoneType" in one_sentence(app)
     assert run_cell(page, cells, 1).last.inner_text().strip() == "the same: True"
