@@ -35,11 +35,11 @@ AIMS = {
     "benchmarks, lines": 900,
 }
 BOUNDS = {
-    "library, files": 18,
-    "library, lines": 5140,
-    "viewer, JS and CSS": 505,
-    "tests, lines": 8_340,
-    "benchmarks, lines": 1_260,
+    "library, files": 16,
+    "library, lines": 4_730,
+    "viewer, JS and CSS": 434,
+    "tests, lines": 7_340,
+    "benchmarks, lines": 900,
 }
 """What is there now; whoever makes something smaller lowers its bound."""
 
