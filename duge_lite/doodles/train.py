@@ -32,7 +32,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -85,11 +85,9 @@ class Recipe:
     decoder_steps: int = 900
     unet_steps: int = 7_000
     pair_steps: int = 5_000  # more steps of the denoiser, with two objects in every other picture
-    more_lr: float = 5e-4  # of an oracle that is trained on
     lr: float = 1e-3
     save_every: int = 250  # steps between checkpoints
     captions_dropped: float = 0.1  # empty captions, for classifier-free guidance
-    compile: bool = False  # a quarter less time per step, two minutes at the start of each stage
 
 
 # ---------------------------------------------------------------------------- the data
@@ -203,7 +201,6 @@ def fit(
     model.to(device).train()
     ema = EMAModel(model.parameters(), decay=0.998)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=weight_decay)
-    learner = torch.compile(model) if recipe.compile else model
     start, history = 0, []
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -216,7 +213,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * _rate(step, steps)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of(learner, _generator(recipe.seed, stage, step))
+            loss = loss_of(model, _generator(recipe.seed, stage, step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -757,7 +754,7 @@ def train_oracle(
     into that pipeline.
 
     ``more_steps`` trains a finished oracle on instead, from the weights in its folder: fresh AdamW, the rate
-    ``recipe.more_lr`` warms up and falls as in any stage, and a quarter of each batch are pairs. The
+    warms up and falls as in any stage, and a quarter of each batch are pairs. The
     checkpoint is a stage's own ("...-more"): delete it before training on for a second time.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -769,10 +766,8 @@ def train_oracle(
     if more_steps:
         unet = make_unet(recipe.seed)
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).state_dict())
-        slower = replace(recipe, lr=recipe.more_lr)
-        unet = fit(
-            f"{stage}-more", _ready(unet), partial(unet_loss(*data), pairs=8), more_steps, slower, work
-        )
+        loss_of = partial(unet_loss(*data), pairs=8)
+        unet = fit(f"{stage}-more", _ready(unet), loss_of, more_steps, recipe, work)
     else:
         unet = train_unet(*data, work, stage)
     _half(unet, folder)
@@ -798,10 +793,9 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=Recipe.unet_steps)
     parser.add_argument("--pair-steps", type=int, default=Recipe.pair_steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--compile", action="store_true", help="by torch.compile; the same up to rounding")
     args = parser.parse_args()
     steps = {"unet_steps": args.unet_steps, "pair_steps": args.pair_steps}
-    recipe = Recipe(args.images, args.seed, **steps, compile=args.compile)
+    recipe = Recipe(args.images, args.seed, **steps)
     started, work = time.time(), args.work or args.out / ".training"
     if args.judge:
         print(make_judge(recipe, args.out, work))
