@@ -360,7 +360,7 @@ def test_a_wrong_answer_gets_its_own_hint(checker, wrong, hint):
 
 def test_the_formula_of_the_exercise_is_that_of_the_baseline(doodle_pipe):
     texts = ["car"], [""], [c for c in duge.model_card(doodle_pipe).forgettable if c != "car"]
-    edit, anchor, keep = (baselines._last_tokens(doodle_pipe, part).numpy() for part in texts)
+    edit, anchor, keep = (baselines._states(doodle_pipe, part, last=True).numpy() for part in texts)
     run = baselines.uce(doodle_pipe, "car")
     for name, theirs in run.weights().items():
         ours = right.uce_matrix(run.before[name].numpy(), edit, anchor, keep, 0.5)
