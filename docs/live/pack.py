@@ -144,7 +144,7 @@ def script(name: str, about: dict, tensors: dict) -> str:
 def digest() -> str:
     """Of all that the two files depend on."""
     sources = [path for _, path, _ in parts()] + [Path(__file__), MODEL / "tokenizer" / "tokenizer.json"]
-    rooms = ("attention", "concepts", "config", "models", "solver")
+    rooms = ("attention", "concepts", "models", "solver")
     sources += [ROOT / "duge_lite" / f"{name}.py" for name in rooms]
     sources += sorted((ROOT / "duge_lite" / "doodles").glob("*.py"))
     return hashlib.sha1(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
