@@ -26,7 +26,7 @@ from .errors import DivergedError
 from .evaluation import Judge, choices, counted, draw_groups, judge_of
 from .gradient import Lessons, rounded, training
 from .losses import prior_preservation_loss
-from .models import Pictures, encode_prompts, overwrite, with_bar
+from .models import Pictures, copied, encode_prompts, overwrite, with_bar
 
 PLACEHOLDER = "x"
 """The word that inversion gives a new meaning: in CLIP's vocabularies every letter is a token."""
@@ -451,7 +451,7 @@ def relearn_steps(
     the generator is closed.
     """
     trained, stored = dict(pipe.unet.named_parameters()), pipe.unet.dtype
-    before = {name: p.detach().clone() for name, p in trained.items()}
+    before = copied(trained)
     batches = _batches(pipe, pictures, batch_size, seed, steps)
     with training(pipe.unet, trained):
         try:

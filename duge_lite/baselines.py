@@ -21,8 +21,8 @@ from torch import Tensor
 from .concepts import Concept, ModelCard, UnlearnConfig
 from .gradient import Answer, Objective
 from .losses import prior_preservation_loss
-from .models import encode_prompts, overwrite
-from .solver import PictureBook, copied, cross_attention_weights
+from .models import copied, encode_prompts, overwrite
+from .solver import PictureBook, cross_attention_weights
 from .unlearning import UnlearningRun, resolve
 
 PLAIN = UnlearnConfig(

@@ -158,9 +158,8 @@ class Judge:
         """
         if self.open_choice:
             return np.array(self.names(images, [concept])) == concept
-        return (
-            (self.scores(images, self._labels_of(concept)) > (self.threshold or 0.0)).any(axis=1).to_numpy()
-        )
+        seen = self.scores(images, self._labels_of(concept)) > (self.threshold or 0.0)
+        return seen.any(axis=1).to_numpy()
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from .attention import AttentionRecorder, record_attention
 from .concepts import ModelCard, UnlearnConfig
 from .errors import DivergedError, OutOfMemoryError
 from .losses import attention_target, cross_attention_loss, prior_preservation_loss, regularization_loss
-from .models import Pictures, draw_pictures, encode_prompts, overwrite, sample, swapped
-from .solver import copied
+from .models import Pictures, copied, draw_pictures, encode_prompts, overwrite, sample, swapped
 
 Answer = tuple[Tensor, ...]
 """What an objective compares, of one pass over a batch: the predicted noise (B, 4, h, w) alone, or, of DUGE,

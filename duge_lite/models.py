@@ -376,6 +376,11 @@ def draw_pictures(
 # ---- their weights
 
 
+def copied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as they are now, in main memory."""
+    return {name: w.detach().cpu().clone() for name, w in weights.items()}
+
+
 def overwrite(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     """Writes ``values`` over the parameters of the same names, in place."""
     with torch.no_grad():

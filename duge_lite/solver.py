@@ -45,6 +45,7 @@ from .errors import DivergedError
 from .losses import attention_target
 from .models import (
     Pictures,
+    copied,
     draw_pictures,
     encode_prompts,
     from_main,
@@ -76,11 +77,6 @@ def fingerprints(pipe: DiffusionPipeline) -> tuple[str, str, str]:
 def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The weights of all cross-attention layers, by name."""
     return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
-
-
-def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as they are now, in main memory."""
-    return {name: w.detach().cpu().clone() for name, w in weights.items()}
 
 
 def heard(attn: Attention, hidden: Tensor, text: Tensor, solve: str) -> Tensor:

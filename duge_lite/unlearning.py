@@ -37,8 +37,8 @@ from . import figures
 from .concepts import Concept, ModelCard, UnlearnConfig, model_card
 from .evaluation import evaluate, sequence_metrics
 from .gradient import DUGE, Lessons, Objective, UnlearnState, gradient_steps, reads_one_text
-from .models import check_pipeline, from_main, is_main, launched, overwrite, written
-from .solver import PictureBook, copied, cross_attention_weights
+from .models import check_pipeline, copied, from_main, is_main, launched, overwrite, written
+from .solver import PictureBook, cross_attention_weights
 
 
 @dataclass
