@@ -26,17 +26,16 @@ CONCEPT, EMPTY = tensor(0.7, 0.2, 0.1), tensor(0.3, 0.2, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("kind", "eta", "expected"),
+    ("eta", "expected"),
     [
-        ("uncond", 7.0, (0.3, 0.2, 0.5)),  # eta says nothing to "uncond"
-        ("negative", 0.5, (0.1, 0.2, 0.7)),
-        ("negative", 1.0, (-0.1, 0.2, 0.9)),  # 0.3 - (0.7 - 0.3), ...
-        ("negative", 0.0, (0.3, 0.2, 0.5)),
+        (0.5, (0.1, 0.2, 0.7)),
+        (1.0, (-0.1, 0.2, 0.9)),  # 0.3 - (0.7 - 0.3), ...
+        (0.0, (0.3, 0.2, 0.5)),
     ],
 )
-def test_attention_target_by_hand(kind, eta, expected):
+def test_attention_target_by_hand(eta, expected):
     conditional, unconditional = (x.clone().requires_grad_() for x in (CONCEPT, EMPTY))
-    found = target(conditional, unconditional, kind, eta)
+    found = target(conditional, unconditional, eta)
     torch.testing.assert_close(found, tensor(*expected))
     assert not found.requires_grad
     assert torch.equal(conditional, CONCEPT) and torch.equal(unconditional, EMPTY)
@@ -45,7 +44,7 @@ def test_attention_target_by_hand(kind, eta, expected):
 @given(st.integers(0, 2**31), st.floats(0, 5))
 def test_targets_of_maps_sum_to_one(seed, eta):
     conditional, unconditional = (6 * random64(2, 5, seed=seed)).softmax(-1)
-    assert target(conditional, unconditional, "negative", eta).sum().item() == pytest.approx(1)
+    assert target(conditional, unconditional, eta).sum().item() == pytest.approx(1)
 
 
 # The cross-attention loss
@@ -94,7 +93,6 @@ def test_regularization_does_not_depend_on_how_weights_are_cut_into_tensors(cut)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: target(CONCEPT, EMPTY, "positive"), "'positive' is unknown; choose one of uncond, negative"),
         (lambda: target(CONCEPT, EMPTY[:2]), r"\(3,\).*\(2,\)"),
         (lambda: cross_attention_loss([CONCEPT], [EMPTY, EMPTY]), "got 1 and 2"),
         (lambda: cross_attention_loss([], []), "at least one; got 0 and 0"),
@@ -191,7 +189,7 @@ def test_softmax_conserves_mass_so_what_a_word_loses_others_gain(tiny_pipe):
 
 
 def test_a_negative_target_leaves_the_unit_interval_and_cannot_be_reached():
-    far = target(CONCEPT, EMPTY, "negative", eta=2.0)  # (-0.5, 0.2, 1.3)
+    far = target(CONCEPT, EMPTY, eta=2.0)  # (-0.5, 0.2, 1.3)
     assert far.min() < 0 and far.max() > 1
 
     def best_loss(wanted: torch.Tensor) -> float:
@@ -205,4 +203,4 @@ def test_a_negative_target_leaves_the_unit_interval_and_cannot_be_reached():
         return loss.item()
 
     assert best_loss(far) > 0.1  # the nearest distribution is (0, 0, 1): (0.25 + 0.04 + 0.09) / 3
-    assert best_loss(target(CONCEPT, EMPTY, "negative", eta=0.5)) < 1e-6
+    assert best_loss(target(CONCEPT, EMPTY, eta=0.5)) < 1e-6
