@@ -216,8 +216,8 @@ def reads_one_text(unet: torch.nn.Module) -> None:
     """Raises ValueError for Stable Diffusion XL, whose denoiser reads more than noise, moment and text."""
     if unet.config.addition_embed_type is not None:
         raise ValueError(
-            "Stable Diffusion XL reads two texts, and the picture's size beside them, which only drawing and the "
-            'exact solver know: leave solver="exact", or take a model of 1.x or 2.x'
+            "Stable Diffusion XL reads two texts, and the picture's size beside them, which only drawing and "
+            'the exact solver know: leave solver="exact", or take a model of 1.x or 2.x'
         )
 
 

@@ -254,7 +254,7 @@ def test_every_family_is_probed_without_words(tokenizer, kind):
         ):
             assert len(frame) == 3 and {"group", "prompt", "picture", "named", "seen"} <= set(frame)
     if kind == "sdxl":
-        with pytest.raises(ValueError, match="XL reads two texts, .*: leave .*, or take a model of 1.x or 2.x"):
+        with pytest.raises(ValueError, match="XL reads two texts, .*: leave .* a model of 1.x or 2.x"):
             next(attacks.relearn_steps(pipe, given))
     if kind == "v":
         fine = attacks.noise_inversion(pipe, "apple", given, 25, how["judge"])
