@@ -476,7 +476,10 @@ def trade_off(table: pd.DataFrame, title: str, axes_labels: tuple[str, str]) -> 
     """
     rounded, (x, y) = table.round(2), table.columns
     front, groups = pareto_front(rounded), list(rounded.groupby([y, x]).groups.items())[::-1]
-    labels = [textwrap.wrap(f"{', '.join(n)}: {b:.0%} gone, {a:.0%} kept", 44) for (b, a), n in groups]
+    labels = [
+        textwrap.wrap(f"{' · '.join(map(str.strip, n))}: {b:.0%} gone, {a:.0%} kept", 44)
+        for (b, a), n in groups
+    ]
     lines = sum(map(len, labels))
     figure, ((one,),) = canvas(9, max(3.4, 0.3 * lines), title=title)
     done = 0

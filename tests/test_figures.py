@@ -242,7 +242,7 @@ def test_trade_off_says_who_is_on_the_front_and_equals_share_a_label():
     assert "ours (on the front): 1.00 gone, 0.90 kept; theirs: 0.70 gone" in figure.alt
     fills = {tuple(line.get_xdata()): line.get_markerfacecolor() for line in figure.axes[0].lines}
     assert fills[(0.8,)] == "white" != fills[(0.9,)] and figure.png()
-    assert texts(figure.axes[0]) == ["ours, twin: 100% gone, 90% kept", "theirs: 70% gone, 80% kept"]
+    assert texts(figure.axes[0]) == ["ours · twin: 100% gone, 90% kept", "theirs: 70% gone, 80% kept"]
 
 
 def test_attacks_keep_each_models_look():
