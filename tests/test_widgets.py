@@ -1,10 +1,10 @@
 """The apps, driven without a browser: their callbacks are plain functions of plain widgets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import changed, weights, with_own_unet
+from conftest import changed, interrupted, quick_card, weights, with_own_unet
 from test_figures import REQUESTS, table
 from test_viewer import NASTY, payload
 
@@ -19,16 +19,12 @@ SMALL = duge.UnlearnConfig(num_inference_steps=1, places=4, memory_size=4)
 # ---- the explorer
 
 
-def test_the_explorer_draws_and_says_errors_in_one_sentence(tiny_pipe, monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("out of memory:\n <b>17 GB</b>")
-
+def test_the_explorer_draws_and_says_errors_in_one_sentence(tiny_pipe):
     app = widgets.attention_explorer(tiny_pipe, prompt="a photo of an apple", seed=3)
     how = dict(num_inference_steps=2, guidance_scale=2.0)
     for name, value in how.items():
         app.controls[name].value = value
-    with monkeypatch.context() as patch:
-        patch.setattr(tiny_pipe.unet, "forward", broken)
+    with interrupted(tiny_pipe, RuntimeError("out of memory:\n <b>17 GB</b>"), when=1):
         app.button.click()
     assert "RuntimeError: out of memory: &lt;b&gt;17 GB&lt;/b&gt;" in app.message.value
     assert isinstance(app.error, RuntimeError) and 'role="alert"' in app.message.value
@@ -46,7 +42,7 @@ def test_the_explorer_draws_and_says_errors_in_one_sentence(tiny_pipe, monkeypat
 
 @pytest.fixture
 def studio(tiny_pipe, tiny_judge, monkeypatch):
-    card = replace(duge.model_card(tiny_pipe), sampling_steps=2)
+    card = quick_card(tiny_pipe)
     monkeypatch.setattr(widgets, "model_card", lambda pipe: card)
     return widgets.unlearning_studio(tiny_pipe, SMALL, judge=tiny_judge)
 
@@ -100,18 +96,14 @@ def test_whatever_happens_the_model_is_as_it_was(studio, tiny_pipe, monkeypatch,
     assert studio.error is None and studio.run is not None
 
 
-@dataclass
-class Parrot:
-    """A judge that says what it is told to say."""
-
-    words: list[str]
+class Parrot(list):
+    """A judge that says the words it is made of."""
 
     def knows(self, name):
         return name != "car"
 
     def names(self, pictures, among):
-        assert all(word in among for word in self.words)
-        return self.words
+        return [word for word in self if word in among]
 
 
 def test_the_judges_words_stand_under_the_pictures(tiny_master):
@@ -128,18 +120,16 @@ def test_the_judges_words_stand_under_the_pictures(tiny_master):
 
 
 def test_around_a_concept_stands_what_resembles_it(tiny_master, monkeypatch):
-    card, sampled = duge.model_card(tiny_master), {}
-    for concept in card.forgettable:
-        monkeypatch.setattr(
-            widgets, "sample", lambda _, *how, concept=concept: sampled.update({concept: how})
-        )
-        names, _ = widgets.draw_around(tiny_master, concept, 5)
+    card = duge.model_card(tiny_master)
+    monkeypatch.setattr(widgets, "sample", lambda _, *how: how)
+    around = {concept: widgets.draw_around(tiny_master, concept, 5) for concept in card.forgettable}
+    for concept, (names, _) in around.items():
         assert names[:3] == [concept] * 3 and len({*names}) == 5
-    prompts, *how = sampled["tree"]
+    prompts, *how = around["tree"][1]
     assert prompts[:3] == [card.prompt("tree")] * 3 and how == [5, card.sampling_steps]
     assert prompts[3:5] == [card.prompt("broccoli"), card.prompt("mushroom")]
     style = card.styles[-1]
-    assert sampled[style][0][:3] == card.prompts(style)[:3], "a style on different objects"
+    assert around[style][1][0][:3] == card.prompts(style)[:3], "a style on different objects"
 
 
 def test_before_and_after_is_the_twin_without_a_kernel(tiny_pipe):
@@ -197,6 +187,5 @@ def test_a_timeline_is_a_slider_of_its_figures(tiny_master):
     data = payload(timeline._repr_html_())
     assert len(data["pictures"]) == len(data["labels"]) == 3
     assert data["labels"][0] == "The base model: nothing was asked to go yet."
-    assert data["labels"][2].startswith(
-        "Asked to go: apple, car. UA 0.62, objects kept 0.25, styles kept 0.5"
-    )
+    told = "Asked to go: apple, car. UA 0.62, objects kept 0.25, styles kept 0.5"
+    assert data["labels"][2].startswith(told)
