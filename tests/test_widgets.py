@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import changed, interrupted, quick_card, weights, with_own_unet
+from conftest import changed, interrupted, quick_card, refused, weights, with_own_unet
 from test_figures import REQUESTS, table
 from test_viewer import NASTY, payload
 
@@ -138,8 +138,7 @@ def test_before_and_after_is_the_twin_without_a_kernel(tiny_pipe):
     assert "before and after forgetting “car”" in figure.alt and len(figure.axes[0].images) == 2 * 7
     run.restore()
     assert not changed(tiny_pipe, base)
-    with pytest.raises(UnknownConceptError, match="'aple'.*Did you mean 'apple'"):
-        widgets.before_and_after(tiny_pipe, "aple", SMALL)
+    refused(UnknownConceptError, "'aple'.*mean 'apple'", widgets.before_and_after, tiny_pipe, "aple", SMALL)
 
 
 # ---- the timeline
@@ -166,16 +165,12 @@ def test_every_model_draws_the_same_seeds(sequence):
 
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(sequence, monkeypatch):
     monkeypatch.setattr(widgets, "sample", lambda *args: pytest.fail("drawn"))
-    with pytest.raises(UnknownConceptError, match="'aple'.*Did you mean 'apple'"):
-        widgets.erosion_timeline(sequence, table(), ["aple"])
-    with pytest.raises(ValueError, match="no column for car"):
-        widgets.erosion_timeline(sequence, table(["apple", "orange"]))
-    with pytest.raises(ValueError, match="2 rows for 2 requests"):
-        widgets.erosion_timeline(sequence, table()[:2])
-    last = weights(sequence.pipe)
+    draw, last = widgets.erosion_timeline, weights(sequence.pipe)
+    refused(UnknownConceptError, "'aple'.*Did you mean 'apple'", draw, sequence, table(), ["aple"])
+    refused(ValueError, "no column for car", draw, sequence, table(["apple", "orange"]))
+    refused(ValueError, "2 rows for 2 requests", draw, sequence, table()[:2])
     monkeypatch.setattr(widgets, "sample", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        widgets.erosion_timeline(sequence, table())
+    refused(ZeroDivisionError, "division by zero", draw, sequence, table())
     assert not changed(sequence.pipe, last), "after an error the pipeline is the last model"
 
 
