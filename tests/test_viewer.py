@@ -137,8 +137,7 @@ def test_slides_travel_with_all_states():
     assert soup.img["alt"] == NASTY and base64.b64decode(soup.img["src"].split(",")[1]) == b"one"
     assert "A <b>title</b>" in soup.text and len(soup("img")) == len(soup("script")) == 1
     assert [row[0][1][0][1] for row in data["frames"]] == [0, 1, 0] and len(data["pictures"]) == 2
-    expected = {"name": "A <b>title</b>", "words": False, "start": 0, "values": ["", "", ""]}
-    assert data["controls"] == [expected]
+    assert data["controls"] == [{"name": "A <b>title</b>", "words": False, "start": 0, "values": [""] * 3}]
 
 
 def test_slides_have_a_state_for_each_choice():
@@ -146,9 +145,8 @@ def test_slides_have_a_state_for_each_choice():
     controls = {"method": ("a", "b"), "weight": (0.1, 1.0, 1e4)}
     page = Slides(rows, [f"state {i}" for i in range(6)], "Title", controls, start=4).data
     data, soup = payload(page), read(page)
-    assert [(c["words"], c["start"], c["values"]) for c in data["controls"]] == [
-        (True, 1, ["a", "b"]), (False, 1, ["0.1", "1", "10000"])
-    ]  # fmt: skip
+    told = [(c["words"], c["start"], c["values"]) for c in data["controls"]]
+    assert told == [(True, 1, ["a", "b"]), (False, 1, ["0.1", "1", "10000"])]
     assert data["frames"][4] == [["head", [["picture 4", 4, 4 / 6]]]] and "state 4" in soup.text
     assert [image["alt"] for image in soup("img")] == ["head: picture 4"]
     assert data["pictures"][0].startswith("data:image/webp")
