@@ -115,8 +115,7 @@ def test_everything_by_keyboard(page, tokenizer):
     t = blobs(tokenizer, apple=0.25, umbrella=0.75)
     viewer = open_page(page, compare(t, t)._repr_html_())
     page.keyboard.press("Tab")
-    focused = page.evaluate("document.activeElement.shadowRoot.activeElement.innerText")
-    assert focused.split()[0] in t.words
+    assert page.evaluate("document.activeElement.shadowRoot.activeElement.innerText").split()[0] in t.words
     page.keyboard.press("Home")
     pressed = viewer.locator(".chip[aria-pressed=true] .text")
     seen = [pressed.inner_text()]

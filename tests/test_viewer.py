@@ -33,10 +33,8 @@ def noise_trace(prompt, tokenizer, layers=DOODLE_LAYERS, steps=25, side=64, prev
         p = rng.random((steps, len(tokens), *np.broadcast_to(size, 2)), np.float32) ** 4
         maps[f"{name}.transformer_blocks.0.attn2"] = (p / p.sum(1, keepdims=True)).astype(np.float16)[:, None]
     image = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
-    return AttentionTrace(
-        image, prompt, tuple(tokens), tuple(words), maps, tuple(range(steps, 0, -1)), cut,
-        (image,) * steps if previews else (),
-    )  # fmt: skip
+    times, halfway = tuple(range(steps, 0, -1)), (image,) * steps if previews else ()
+    return AttentionTrace(image, prompt, tuple(tokens), tuple(words), maps, times, cut, halfway)
 
 
 def payload(page: str) -> dict:
