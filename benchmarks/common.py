@@ -54,6 +54,7 @@ METHODS = {  # ours, and each baseline as published and in a small sweep of its 
     "solved, values": Method(DUGE, duge.UnlearnConfig(solve="values", eta=0.0)),
     "solved, nameless": Method(DUGE, duge.UnlearnConfig(instead="nameless", eta=0.5)),
     "solved, star": Method(DUGE, duge.UnlearnConfig(instead="star")),
+    "solved, silence too": Method(DUGE, duge.UnlearnConfig(lambda_silence=1.0)),
     GRADIENT: Method(DUGE, LEARNED),
     "  without attention": Method(DUGE, replace(LEARNED, lambda_attention=0.0)),
     "  without prior": Method(DUGE, replace(LEARNED, lambda_prior=0.0)),
@@ -74,7 +75,8 @@ METHODS = {  # ours, and each baseline as published and in a small sweep of its 
     BASE: Method(),
 }
 SWEPT = {"ESD-x", "ESD-x, lr 3e-4", "concept ablation", "concept ablation, prior 1", "gradient ascent"}
-SWEPT |= {"UCE, ridge 0.1", "UCE, styled, ridge 0.1", *(n for n in METHODS if n.startswith("  "))}
+SWEPT |= {"solved, values", "UCE, ridge 0.1", "UCE, styled, ridge 0.1"}
+SWEPT |= {name for name in METHODS if name.startswith("  ")}
 """Settings that are not their method's best: those that learn run on the apple alone, none in sequences."""
 
 

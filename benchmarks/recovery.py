@@ -31,7 +31,8 @@ from duge_lite.doodles import BACKGROUNDS, captions
 from duge_lite.evaluation import wilson_interval
 from duge_lite.models import Pictures
 
-ROWS = [BASE, OURS, GRADIENT, "UCE", "UCE, styled, ridge 0.01", "ESD-x", ORACLE, "concept ablation, nearest"]
+ROWS = [BASE, OURS, "solved, silence too", GRADIENT, "UCE", "UCE, styled, ridge 0.01", "ESD-x", ORACLE]
+ROWS += ["concept ablation, nearest"]
 TARGET, TURNS, COUNT, GROUNDS = "apple", 2, 10, list(BACKGROUNDS)  # COUNT: pictures of most probes, a turn
 GAIN = "classifier: gain of the name"
 DRAWN = ("asked by", "completion, 4", "noised to 0.7", "half", "its noise", "learned", "words", "relearned")

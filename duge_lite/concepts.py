@@ -238,6 +238,9 @@ class UnlearnConfig:
         lambda_attention, lambda_prior, lambda_regularization: weights of the three losses; None for those
             that suit the solver. The exact solver counts the regularization in units of the mean square of
             what a head hears.
+        lambda_silence: how much the exact solver's attention loss counts where nothing is said, at pictures
+            of the concept under the empty prompt, as a share of its weight. It closes ways back without words
+            (benchmarks/results); 0 asks by name only (ours).
         instead: what is asked in the place of a concept that does not say it itself: "nearest", the kept
             concept that is nearest by the model's own answers; "nameless", the prompt with the name left out
             ("a neon sign" for "a neon sign of an apple"); or the name of a concept that stays.
@@ -259,6 +262,7 @@ class UnlearnConfig:
     lambda_attention: float | None = None
     lambda_prior: float | None = None
     lambda_regularization: float | None = None
+    lambda_silence: float = 0.0
     instead: str = "nearest"
     eta: float = 1.0
     memory_size: int | None = None
@@ -292,7 +296,7 @@ class UnlearnConfig:
 
 
 _COUNTS = "memory_size num_inference_steps places iterations batch_size memory_batch_size target_size lessons"
-_WEIGHTS = "lambda_attention lambda_prior lambda_regularization eta"
+_WEIGHTS = "lambda_attention lambda_prior lambda_regularization lambda_silence eta"
 _RULES = (  # settings, their type, what fits, in words
     ("solver", str, lambda v: v in SOLVERS, '"exact" or "gradient"'),
     ("solve", str, lambda v: v in ("output", "values"), '"output" or "values"'),

@@ -310,7 +310,8 @@ class PictureBook:
         """The minimum of the three losses: the new cross-attention weights by name, and each layer's losses.
 
         Every prompt counts the same: the loss of what goes is weighed with its share of the prompts, that of
-        what stays with its own. The last column, ``change``, is the norm of the change as a share of the
+        what stays with its own. With ``lambda_silence`` the layer is to take the same step at the same places
+        under the empty prompt. The last column, ``change``, is the norm of the change as a share of the
         matrix's own. Raises DivergedError for hidden states that are not finite.
         """
         ends, keep = self.wishes(pipe, gone)
@@ -318,8 +319,8 @@ class PictureBook:
         lambda_attention, lambda_prior, ridge = config.weights
         lambda_attention *= len(ends) / (len(ends) + len(keep))
         lambda_prior *= len(keep) / (len(ends) + len(keep))
-        prompts = list(ends), list(ends.values()), keep
-        asked, instead, stay = (encode_prompts(pipe, part).to(pipe.unet.device) for part in prompts)
+        prompts = list(ends), list(ends.values()), keep, [""] * len(ends)
+        asked, instead, stay, empty = (encode_prompts(pipe, part).to(pipe.unet.device) for part in prompts)
         weights, rows = dict(self.reference), {}
         matrix = "to_v" if config.solve == "values" else "to_out.0"
         with self.at_base(pipe), torch.autocast(pipe.unet.device.type, enabled=False):
@@ -330,6 +331,10 @@ class PictureBook:
                 kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
                 read = lambda_prior * kept.heard + lambda_attention * went.heard
                 wanted = lambda_prior * kept.heard + lambda_attention * went.wanted
+                if silence := lambda_attention * config.lambda_silence:
+                    untold = heard(attn, hidden, empty, config.solve)
+                    alike = Sums(untold, untold + other - own)
+                    read, wanted = read + silence * alike.heard, wanted + silence * alike.wanted
                 if not torch.isfinite(read + wanted).all():
                     raise DivergedError(f"what {name} hears is not finite; the weights are as they were")
                 size = read.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # of what is read
