@@ -188,3 +188,9 @@ def doodle_master() -> StableDiffusionPipeline:
 def doodle_pipe(doodle_master) -> StableDiffusionPipeline:
     """The shipped model with a UNet that is this test's own."""
     return with_own_unet(doodle_master)
+
+
+def refused(error: type[BaseException], told: str, call, *args, **options) -> None:
+    """The call raises ``error``, and says ``told`` (a pattern)."""
+    with pytest.raises(error, match=told):
+        call(*args, **options)
