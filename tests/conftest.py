@@ -188,3 +188,18 @@ def doodle_master() -> StableDiffusionPipeline:
 def doodle_pipe(doodle_master) -> StableDiffusionPipeline:
     """The shipped model with a UNet that is this test's own."""
     return with_own_unet(doodle_master)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A real Chromium; what needs one is skipped where there is none."""
+    from shutil import which
+
+    from playwright.sync_api import sync_playwright
+
+    if not (path := which("chromium") or which("chromium-browser") or which("google-chrome")):
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
