@@ -161,3 +161,18 @@ def refused(error: type[BaseException], told: str, call, *args, **options) -> No
     """The call raises ``error``, and says ``told`` (a pattern)."""
     with pytest.raises(error, match=told):
         call(*args, **options)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A real Chromium; what needs one is skipped where there is none."""
+    from shutil import which
+
+    from playwright.sync_api import sync_playwright
+
+    if not (path := which("chromium") or which("chromium-browser") or which("google-chrome")):
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
