@@ -188,3 +188,35 @@ def doodle_master() -> StableDiffusionPipeline:
 def doodle_pipe(doodle_master) -> StableDiffusionPipeline:
     """The shipped model with a UNet that is this test's own."""
     return with_own_unet(doodle_master)
+
+
+BOTH = pytest.mark.parametrize(
+    "config", [EXACT, pytest.param(GRADIENT, marks=pytest.mark.slow)], ids=["exact", "gradient"]
+)
+
+
+@pytest.fixture
+def fresh(tiny_master):
+    """A new process's pipeline, each time that it is called."""
+    return lambda: with_own_unet(tiny_master)
+
+
+def footprint(pipe) -> list:
+    """All of the denoiser but its weights: flags, precision, gradients, processors, mode, hooks."""
+    unet = pipe.unet
+    flags = [(n, p.requires_grad, p.dtype, p.grad) for n, p in unet.named_parameters()]
+    hooks = [m for m in unet.modules() if m._forward_pre_hooks or m._forward_hooks]
+    return [flags, dict(unet.attn_processors), unet.training, hooks]
+
+
+@contextmanager
+def refused(pipe, kind: type[BaseException], match: str | None = None) -> Iterator[None]:
+    """``kind`` is raised, and the denoiser is as it was, weights and all."""
+    before, state = weights(pipe), footprint(pipe)
+    with pytest.raises(kind, match=match):
+        yield
+    assert not changed(pipe, before) and footprint(pipe) == state
+
+
+def random64(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -33,11 +33,7 @@ def test_the_card_of_the_doodle_model(card):
     assert card.plain == {c: captions.prompt(c) for c in OBJECTS}
     assert card.labels == {c: (c,) for c in OBJECTS + STYLES}
     assert not card.settings and not card.open_words
-    assert card.prompts("apple")[:3] == [
-        "a photo of an apple",
-        "a sketch of an apple",
-        "a neon sign of an apple",
-    ]
+    assert card.prompts("apple")[:3] == [f"a {way} of an apple" for way in ("photo", "sketch", "neon sign")]
 
 
 def test_the_card_of_another_stable_diffusion(open_pipe):
@@ -70,10 +66,9 @@ def test_a_name_of_the_card(card):
     assert pairs["a neon sign of a car"] == "a photo of a car" and pairs["a neon sign"] == "a photo"
 
 
-@pytest.mark.parametrize(
-    ("word", "hint"), [("brocoli", "Did you mean 'broccoli'"), ("Van Gogh", ""), ("", ""), ("photo", "")]
-)
-def test_a_word_that_the_doodle_model_never_read(tiny_pipe, word, hint):
+@pytest.mark.parametrize("word", ["brocoli", "Van Gogh", "", "photo"])
+def test_a_word_that_the_doodle_model_never_read(tiny_pipe, word):
+    hint = "Did you mean 'broccoli'" if word == "brocoli" else ""
     with pytest.raises(UnknownConceptError, match=f"is no concept.*{hint}.*Choose one of: apple, orange"):
         duge.unlearn(tiny_pipe, word)
 
@@ -88,30 +83,24 @@ def test_free_words_where_any_word_is_read(open_pipe):
         duge.unlearn(open_pipe, ["Van Gogh", "van gogh"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prompts": []}, "'dog' has no prompts"),
-        ({"prompts": "my dog"}, "prompts = 'my dog' of 'dog': expected a list"),
-        ({"instead": "a cat"}, "instead = 'a cat'"),
-        ({"instead": ["a", "b"]}, "'dog' has 1 prompts and 2 to ask instead: expected one each"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"prompts": []}, "'dog' has no prompts"),
+    ({"prompts": "my dog"}, "prompts = 'my dog' of 'dog': expected a list"),
+    ({"instead": "a cat"}, "instead = 'a cat'"),
+    ({"instead": ["a", "b"]}, "'dog' has 1 prompts and 2 to ask instead: expected one each"),
+])  # fmt: skip
 def test_a_concept_that_is_none_teaches(changes, message):
     with pytest.raises(ValueError, match=message):
         Concept(**({"name": "dog", "prompts": ["a dog"]} | changes))
 
 
-@pytest.mark.parametrize(
-    ("name", "prompt", "named"),
-    [
-        ("apple", "a photo of an Apple next to a car", True),
-        ("apple", "a photo of a pineapple", False),
-        ("gas pump", "the gas pumps", False),
-        ("C++", "code in C++ on a screen", True),
-        ("dog", "his best friend", True),  # one of its prompts
-    ],
-)
+@pytest.mark.parametrize(("name", "prompt", "named"), [
+    ("apple", "a photo of an Apple next to a car", True),
+    ("apple", "a photo of a pineapple", False),
+    ("gas pump", "the gas pumps", False),
+    ("C++", "code in C++ on a screen", True),
+    ("dog", "his best friend", True),  # one of its prompts
+])  # fmt: skip
 def test_named_in(name, prompt, named):
     assert Concept(name, ["his best friend"]).named_in(prompt) is named
 
@@ -124,12 +113,10 @@ def test_wishes_lead_to_what_stays_whatever_the_order():
     assert set(ends) == {"an apple", "a neon apple", "a neon pear"} and set(ends.values()) == {"a pear"}
 
 
-def test_no_circles(tiny_pipe):
+def test_no_circles():
     one, two = Concept("one", ["a"], ["b"]), Concept("two", ["b"], ["a"])
     with pytest.raises(ValueError, match="is to go itself: ask for something that stays"):
         wishes([one, two], lambda c: c.instead)
-    with pytest.raises(ValueError, match="is to go itself"):
-        duge.unlearn(tiny_pipe, ["star", "apple"], EXACT, MEMORY, progress=False)  # EXACT asks for a star
 
 
 @pytest.mark.parametrize(
@@ -143,10 +130,13 @@ def test_what_is_asked_instead(tiny_pipe, card, instead, expected):
     assert ends["a sketch of an apple"] == (expected or near)
 
 
-@pytest.mark.parametrize(("instead", "told"), [("pear", "'pear'"), ("sketch", "'sketch' is a style")])
-def test_what_is_asked_instead_has_to_be_a_known_object(tiny_pipe, instead, told):
+@pytest.mark.parametrize(("what", "instead", "told"), [
+    ("apple", "pear", "'pear'"), ("apple", "sketch", "'sketch' is a style"),
+    (["star", "apple"], "star", "is to go itself"),
+])  # fmt: skip
+def test_what_is_asked_instead_has_to_be_a_known_object_that_stays(tiny_pipe, what, instead, told):
     with pytest.raises(ValueError, match=told):
-        duge.unlearn(tiny_pipe, "apple", replace(EXACT, instead=instead), MEMORY, progress=False)
+        duge.unlearn(tiny_pipe, what, replace(EXACT, instead=instead), MEMORY, progress=False)
 
 
 @pytest.mark.parametrize("instead", ["nearest", "nameless", "star"])
