@@ -53,14 +53,14 @@ def test_losses_by_hand():
 
 @given(st.floats(1e-3, 1e3))
 def test_relative_loss_does_not_depend_on_the_unit(unit):
-    maps, targets = random64(2, 3), random64(2, 3, seed=1)
+    maps, targets = random64(2, 2, 3)
     scaled = cross_attention_loss([maps * unit], [targets * unit])
     torch.testing.assert_close(scaled, cross_attention_loss([maps], [targets]))
 
 
 @given(st.integers(1, 5))
 def test_regularization_does_not_depend_on_how_weights_are_cut_into_tensors(cut):
-    weights, anchor = random64(6), random64(6, seed=1)
+    weights, anchor = random64(2, 6)
     halves = [{"x": w[:cut], "y": w[cut:]} for w in (weights, anchor)]
     whole = regularization_loss({"w": weights}, {"w": anchor})
     torch.testing.assert_close(regularization_loss(*halves), whole)
@@ -148,19 +148,14 @@ def test_softmax_conserves_mass_so_what_a_word_loses_others_gain(tiny_pipe):
     assert lost > 1e-3 and float(gained.sum()) == pytest.approx(0, abs=1e-3 * lost)
 
 
-def test_a_negative_target_leaves_the_unit_interval_and_cannot_be_reached():
-    far = target(CONCEPT, EMPTY, "negative", eta=2.0)  # (-0.5, 0.2, 1.3)
-    assert far.min() < 0 and far.max() > 1
-
-    def best_loss(wanted: torch.Tensor) -> float:
-        logits = torch.zeros(3, requires_grad=True)
-        optimizer = torch.optim.Adam([logits], lr=0.3)
-        for _ in range(300):
-            optimizer.zero_grad()
-            loss = cross_attention_loss([logits.softmax(-1)], [wanted], relative=False)
-            loss.backward()
-            optimizer.step()
-        return loss.item()
-
-    assert best_loss(far) > 0.1  # the nearest distribution is (0, 0, 1): (0.25 + 0.04 + 0.09) / 3
-    assert best_loss(target(CONCEPT, EMPTY, "negative", eta=0.5)) < 1e-6
+@pytest.mark.parametrize(("eta", "out"), [(2.0, True), (0.5, False)])
+def test_a_negative_target_that_leaves_the_unit_interval_cannot_be_reached(eta, out):
+    wanted, logits = target(CONCEPT, EMPTY, "negative", eta), torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = cross_attention_loss([logits.softmax(-1)], [wanted], relative=False)
+        loss.backward()
+        optimizer.step()
+    assert bool(wanted.min() < 0) == bool(wanted.max() > 1) == out  # (-0.5, 0.2, 1.3), whose nearest
+    assert loss > 0.1 if out else loss < 1e-6  # distribution is (0, 0, 1): (0.25 + 0.04 + 0.09) / 3
