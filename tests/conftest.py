@@ -201,6 +201,12 @@ def fresh(tiny_master):
     return lambda: with_own_unet(tiny_master)
 
 
+def forget(pipe, what="apple", config=EXACT, memory=MEMORY, card=None, directory=None, **changes):
+    """``what`` goes; ``changes`` are of the settings."""
+    config, card = dataclasses.replace(config, **changes), card or quick_card(pipe)
+    return duge.unlearn(pipe, what, config, memory, progress=False, card=card, directory=directory)
+
+
 def footprint(pipe) -> list:
     """All of the denoiser but its weights: flags, precision, gradients, processors, mode, hooks."""
     unet = pipe.unet

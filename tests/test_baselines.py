@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EXACT, GRADIENT, MEMORY, changed, quick_card, refused, weights
+from conftest import GRADIENT, MEMORY, changed, forget, quick_card, refused, weights
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 import duge_lite as duge
 from duge_lite import baselines
-from duge_lite.errors import UnknownConceptError
 from duge_lite.gradient import Lessons
 from duge_lite.models import encode_prompts, model_card
 from duge_lite.solver import PictureBook
@@ -45,7 +44,7 @@ def test_none_gets_our_losses_and_its_own_falls(tiny_pipe, method):
 
 
 def test_the_anchor_has_to_be_known_and_to_stay(tiny_pipe):
-    for anchor, kind in (("pear", UnknownConceptError), ("apple", ValueError)):
+    for anchor, kind in (("pear", duge.errors.UnknownConceptError), ("apple", ValueError)):
         objective, config = baselines.concept_ablation(anchor)
         with pytest.raises(kind, match=anchor):
             duge.unlearn(tiny_pipe, "apple", config, MEMORY, progress=False, objective=objective)
@@ -109,7 +108,7 @@ def test_uce_with_the_concept_as_its_own_anchor_changes_nothing(tiny_pipe):
 
 
 def test_uce_counts_as_gone_and_says_no_to_no_number(tiny_pipe):
-    duge.unlearn(tiny_pipe, "car", EXACT, MEMORY, progress=False)
+    forget(tiny_pipe, "car")
     baselines.uce(tiny_pipe, "apple")
     assert {c.name for c in PictureBook.known(tiny_pipe).gone(tiny_pipe)} == {"car", "apple"}
     for ridge in (float("nan"), -1.0):

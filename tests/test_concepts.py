@@ -1,9 +1,7 @@
 """The door: what can be asked to go, by name, in any words, or spelled out."""
 
-from dataclasses import replace
-
 import pytest
-from conftest import EXACT, MEMORY, family, refused
+from conftest import family, forget, refused
 
 import duge_lite as duge
 from duge_lite.concepts import Concept, model_card, wishes
@@ -103,10 +101,6 @@ def test_wishes_lead_to_what_stays_whatever_the_order():
     assert set(ends) == {"an apple", "a neon apple", "a neon pear"} and set(ends.values()) == {"a pear"}
 
 
-def unlearn(pipe, what, instead="star"):
-    return duge.unlearn(pipe, what, replace(EXACT, instead=instead), MEMORY, progress=False)
-
-
 CIRCLE = [Concept("one", ["a"], ["b"]), Concept("two", ["b"], ["a"])]
 
 
@@ -114,11 +108,11 @@ CIRCLE = [Concept("one", ["a"], ["b"]), Concept("two", ["b"], ["a"])]
     (lambda _: Concept("dog", []), "'dog' has no prompts"),
     (lambda _: Concept("dog", "my dog"), "prompts = 'my dog' of 'dog': expected a list"),
     (lambda _: Concept("dog", ["a dog"], "a cat"), "instead = 'a cat'"),
-    (lambda _: Concept("dog", ["a dog"], ["a", "b"]), "'dog' has 1 prompts and 2 to ask instead: expected one"),
+    (lambda _: Concept("dog", ["a dog"], ["a", "b"]), "'dog' has 1 prompts and 2 to .* expected one each"),
     (lambda _: wishes(CIRCLE, lambda c: c.instead), "is to go itself: ask for something that stays"),
-    (lambda pipe: unlearn(pipe, ["star", "apple"]), "is to go itself"),
-    (lambda pipe: unlearn(pipe, "apple", "pear"), "'pear'"),
-    (lambda pipe: unlearn(pipe, "apple", "sketch"), "'sketch' is a style"),
+    (lambda pipe: forget(pipe, ["star", "apple"], instead="star"), "is to go itself"),
+    (lambda pipe: forget(pipe, "apple", instead="pear"), "'pear'"),
+    (lambda pipe: forget(pipe, "apple", instead="sketch"), "'sketch' is a style"),
 ])  # fmt: skip
 def test_what_is_no_concept_or_cannot_be_asked_instead_teaches(tiny_pipe, call, told):
     with refused(tiny_pipe, ValueError, told):
@@ -128,7 +122,7 @@ def test_what_is_no_concept_or_cannot_be_asked_instead_teaches(tiny_pipe, call, 
 @pytest.mark.parametrize("instead", ["nearest", "nameless", "star"])
 def test_a_concept_spelled_out_needs_no_instead(tiny_pipe, instead):
     mine = Concept("apple", ["a photo of an apple", "a photo of an apple next to a car"])
-    history = unlearn(tiny_pipe, mine, instead).history
+    history = forget(tiny_pipe, mine, instead=instead).history
     assert (history["attention after"] < history["attention before"]).all()
 
 

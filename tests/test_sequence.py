@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 import duge_lite as duge
 from duge_lite import models, unlearning
-from duge_lite.evaluation import sequence_metrics
 from duge_lite.unlearning import sequence_steps
 
 THREE = ("apple", "car", "neon")
@@ -108,10 +107,6 @@ def test_a_request_that_is_withdrawn_was_never_made(tiny_pipe, fresh, tmp_path, 
         sequence.withdraw(middle)
 
 
-def scaled(pipe):
-    pipe.unet.conv_in.weight.data *= 1.01
-
-
 def widened(pipe):
     pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, "cross_attention_dim": 64})
 
@@ -122,7 +117,7 @@ def widened(pipe):
     ({"memory": MEMORY[:3]}, "another memory"),
     ({"concepts": ["apple"]}, "holds another sequence: step_01_car instead of step_01_apple"),
     ({"concepts": [duge.Concept("car", ["a photo of a car"])]}, "forgets .*choose another directory"),
-    ({"change": scaled}, "another model"),
+    ({"change": lambda pipe: pipe.unet.conv_in.weight.data.mul_(1.01)}, "another model"),
     ({"change": widened}, "another model"),
 ])  # fmt: skip
 def test_a_directory_is_of_one_sequence(tiny_pipe, fresh, tmp_path, changes, message):
@@ -229,7 +224,7 @@ def test_metrics_by_hand(tiny_master):
     rows += [[0.3, 0.6, 0.0, 0.9, 0.5], [0.2, 0.6, 0.2, 0.0, 0.5]]
     matrix = pd.DataFrame(rows, columns=["apple", "orange", "car", "neon", "sketch"])
     card = duge.model_card(tiny_master)
-    table = sequence_metrics(matrix, ["apple", "car", "neon"], card)
+    table = duge.evaluation.sequence_metrics(matrix, ["apple", "car", "neon"], card)
     expected = {
         "UA": [0.9, 1 - 0.3 / 2, 1 - 0.4 / 3],
         "objects kept": [0.85, 0.6, 0.6],  # orange and car; orange; orange
@@ -247,7 +242,7 @@ def test_metrics_by_hand(tiny_master):
     wrong = {"no column for harp": ["harp"], "4 rows for 2 requests: expected one more": ["apple", "car"]}
     for told, requests in wrong.items():
         with pytest.raises(ValueError, match=told):
-            sequence_metrics(matrix, requests, card)
+            duge.evaluation.sequence_metrics(matrix, requests, card)
 
 
 def test_the_matrix_has_a_row_for_every_model_and_drift_tells_how_far_it_went(tiny_pipe, tiny_judge):
