@@ -216,7 +216,7 @@ def footprint(pipe) -> list:
 
 
 @contextmanager
-def refused(pipe, kind: type[BaseException], match: str | None = None) -> Iterator[None]:
+def undone(pipe, kind: type[BaseException], match: str | None = None) -> Iterator[None]:
     """``kind`` is raised, and the denoiser is as it was, weights and all."""
     before, state = weights(pipe), footprint(pipe)
     with pytest.raises(kind, match=match):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GRADIENT, MEMORY, changed, forget, quick_card, refused, weights
+from conftest import GRADIENT, MEMORY, changed, forget, quick_card, undone, weights
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 import duge_lite as duge
@@ -112,5 +112,5 @@ def test_uce_counts_as_gone_and_says_no_to_no_number(tiny_pipe):
     baselines.uce(tiny_pipe, "apple")
     assert {c.name for c in PictureBook.known(tiny_pipe).gone(tiny_pipe)} == {"car", "apple"}
     for ridge in (float("nan"), -1.0):
-        with refused(tiny_pipe, ValueError, "ridge = (nan|-1.0): expected 0 or more"):
+        with undone(tiny_pipe, ValueError, "ridge = (nan|-1.0): expected 0 or more"):
             baselines.uce(tiny_pipe, "harp", ridge=ridge)

@@ -1,7 +1,7 @@
 """The door: what can be asked to go, by name, in any words, or spelled out."""
 
 import pytest
-from conftest import family, forget, refused
+from conftest import family, forget, undone
 
 import duge_lite as duge
 from duge_lite.concepts import Concept, model_card, wishes
@@ -115,7 +115,7 @@ CIRCLE = [Concept("one", ["a"], ["b"]), Concept("two", ["b"], ["a"])]
     (lambda pipe: forget(pipe, "apple", instead="sketch"), "'sketch' is a style"),
 ])  # fmt: skip
 def test_what_is_no_concept_or_cannot_be_asked_instead_teaches(tiny_pipe, call, told):
-    with refused(tiny_pipe, ValueError, told):
+    with undone(tiny_pipe, ValueError, told):
         call(tiny_pipe)
 
 

@@ -1,4 +1,4 @@
-"""One concept after another: what is on disk, how it goes on, what is taken back, what is refused."""
+"""One concept after another: what is on disk, how it goes on, what is taken back, what is undone."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ import conftest
 import pandas as pd
 import pytest
 import torch
-from conftest import BOTH, EXACT, GRADIENT, MEMORY, changed, distance, interrupted, refused, weights
+from conftest import BOTH, EXACT, GRADIENT, MEMORY, changed, distance, interrupted, undone, weights
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -87,7 +87,7 @@ def test_what_was_interrupted_goes_on_to_the_same_weights(fresh, tmp_path, kind,
 def test_the_stop_button_takes_back_the_unfinished_request(tiny_pipe, tmp_path):
     forget(tiny_pipe, ["apple"], GRADIENT, tmp_path)
     stopped = interrupted(tiny_pipe, KeyboardInterrupt, 6)
-    with refused(tiny_pipe, KeyboardInterrupt, r"stopped in request 2 \(car\)"), stopped:
+    with undone(tiny_pipe, KeyboardInterrupt, r"stopped in request 2 \(car\)"), stopped:
         forget(tiny_pipe, config=GRADIENT, directory=tmp_path)
     assert steps(tmp_path) == ["step_01_apple"]
 
@@ -124,7 +124,7 @@ def test_a_directory_is_of_one_sequence(tiny_pipe, fresh, tmp_path, changes, mes
     forget(tiny_pipe, ["car"], directory=tmp_path)
     asked, pipe = {"concepts": ["car"], "card": conftest.quick_card(tiny_pipe)} | changes, fresh()
     asked.pop("change", lambda pipe: None)(pipe)
-    with refused(pipe, ValueError, message):
+    with undone(pipe, ValueError, message):
         forget(pipe, **asked, directory=tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_a_directory_is_of_one_program_at_a_time(tiny_pipe, fresh, tmp_path):
 def test_a_directory_begins_with_a_model_that_has_forgotten_nothing_else(tiny_pipe, tmp_path):
     """Nothing in the directory would say so to the next process."""
     run = duge.unlearn(tiny_pipe, "harp", EXACT, MEMORY, progress=False)
-    with refused(tiny_pipe, ValueError, "the pipeline has forgotten harp already"):
+    with undone(tiny_pipe, ValueError, "the pipeline has forgotten harp already"):
         forget(tiny_pipe, ["car"], directory=tmp_path)
     run.restore()
     forget(tiny_pipe, ["car"], directory=tmp_path)
@@ -155,7 +155,7 @@ def test_a_kill_while_it_is_begun(tiny_pipe, tmp_path, monkeypatch):
     """What is half written is a draft, and the next time it is begun anew; a damaged file is named."""
     file = tmp_path / "sequence.json"
     monkeypatch.setattr(models.os, "replace", Mock(side_effect=SystemExit))
-    with refused(tiny_pipe, SystemExit):
+    with undone(tiny_pipe, SystemExit):
         forget(tiny_pipe, ["car"], directory=tmp_path)
     assert not file.exists()
     monkeypatch.undo()
@@ -184,7 +184,7 @@ def test_a_full_disk_takes_back_the_request(tiny_pipe, tmp_path, monkeypatch):
 
     forget(tiny_pipe, ["apple"], directory=tmp_path)
     monkeypatch.setattr(unlearning, "save_file", full)
-    with refused(tiny_pipe, OSError, "could not write .*step_02_car.*No space left.*is there room on the"):
+    with undone(tiny_pipe, OSError, "could not write .*step_02_car.*No space left.*is there room on the"):
         forget(tiny_pipe, ["apple", "car"], directory=tmp_path)
     assert steps(tmp_path) == ["step_01_apple"]
     monkeypatch.undo()

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import EXACT, MEMORY, changed, distance, family, forget, interrupted, random64, refused, weights
+from conftest import EXACT, MEMORY, changed, distance, family, forget, interrupted, random64, undone, weights
 from diffusers.models.attention_processor import Attention
 from hypothesis import given
 from hypothesis import strategies as st
@@ -249,7 +249,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_half(tiny_pipe, tmp_path, monkey
         raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr(duge.solver, "save_file", full)
-    with refused(tiny_pipe, OSError, "could not write .*book.safetensors .*No space left"):
+    with undone(tiny_pipe, OSError, "could not write .*book.safetensors .*No space left"):
         forget(tiny_pipe, directory=tmp_path)
     assert not list(tmp_path.iterdir())
 

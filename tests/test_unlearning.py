@@ -11,7 +11,7 @@ import conftest
 import pandas as pd
 import pytest
 import torch
-from conftest import BOTH, EXACT, GRADIENT, MEMORY, changed, distance, forget, interrupted, refused, weights
+from conftest import BOTH, EXACT, GRADIENT, MEMORY, changed, distance, forget, interrupted, undone, weights
 from safetensors.torch import load, load_file, save
 
 import duge_lite as duge
@@ -79,7 +79,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("kind", "call", "told"), [(k, *row) for k, rows in WRONG.items() for row in rows])
 def test_what_does_not_fit_teaches(tiny_pipe, kind, call, told):
-    with refused(tiny_pipe, kind, told):
+    with undone(tiny_pipe, kind, told):
         call(tiny_pipe)
 
 
@@ -213,7 +213,7 @@ def test_an_interruption_takes_it_back(tiny_master, config, when, dtype, kind):
     pipe = copy_of(tiny_master, dtype)
     pipe.unet.conv_in.weight.requires_grad_(False)  # a flag of the user's own
     before = weights(pipe)
-    with refused(pipe, kind), interrupted(pipe, kind, when):
+    with undone(pipe, kind), interrupted(pipe, kind, when):
         forget(pipe, config=config)
     forget(pipe, config=config)  # and it works as if nothing had been
     assert changed(pipe, before)
@@ -245,7 +245,7 @@ def test_an_interruption_after_the_weights_were_written(tiny_pipe, config, monke
         return now(pipe)
 
     monkeypatch.setattr(solver, "fingerprints", stop)
-    with refused(tiny_pipe, KeyboardInterrupt):
+    with undone(tiny_pipe, KeyboardInterrupt):
         forget(tiny_pipe, config=config)
 
 
@@ -262,7 +262,7 @@ def test_a_suspended_loop_overwrites_nothing_when_it_is_closed(tiny_master, dtyp
 
 def test_out_of_memory_says_what_to_lower(tiny_pipe):
     told = r"cpu ran out of memory at iteration 2;.*batch_size \(now 2\).*enable_gradient_checkpointing"
-    with refused(tiny_pipe, OutOfMemoryError, told), interrupted(tiny_pipe, torch.OutOfMemoryError, 10):
+    with undone(tiny_pipe, OutOfMemoryError, told), interrupted(tiny_pipe, torch.OutOfMemoryError, 10):
         forget(tiny_pipe, config=GRADIENT)
 
 
@@ -272,7 +272,7 @@ def test_out_of_memory_says_what_to_lower(tiny_pipe):
 def test_a_learning_rate_too_high_is_undone(tiny_master, iterations, dtype):
     """Also in the last iteration, after which no loss is taken."""
     pipe = copy_of(tiny_master, dtype)
-    with refused(pipe, DivergedError, r"at iteration \d;.*\(now 1e\+30\)"):
+    with undone(pipe, DivergedError, r"at iteration \d;.*\(now 1e\+30\)"):
         forget(pipe, config=GRADIENT, lr=1e30, iterations=iterations)
 
 
@@ -280,7 +280,7 @@ def test_a_learning_rate_too_high_is_undone(tiny_master, iterations, dtype):
 def test_a_loss_or_gradient_that_is_not_finite_is_not_applied(tiny_pipe, monkeypatch, loss):
     """A loss can be finite and its gradient not: the square root at zero, for one."""
     monkeypatch.setattr(gradient, "prior_preservation_loss", lambda now, was: loss(now).mean())
-    with refused(tiny_pipe, DivergedError, "(prior loss|gradient) is nan at iteration 1.*Lower lr"):
+    with undone(tiny_pipe, DivergedError, "(prior loss|gradient) is nan at iteration 1.*Lower lr"):
         forget(tiny_pipe, config=GRADIENT)
 
 
@@ -342,7 +342,7 @@ def test_a_damaged_run_changes_nothing(tiny_pipe, how, tmp_path):
     run = forget(tiny_pipe)
     damage(run.save(tmp_path / "apple"), how)
     run.restore()
-    with refused(tiny_pipe, ValueError, "apple (is damaged|belongs to another model)"):
+    with undone(tiny_pipe, ValueError, "apple (is damaged|belongs to another model)"):
         UnlearningRun.load(tmp_path / "apple", tiny_pipe)
 
 
