@@ -1,4 +1,4 @@
-"""One concept after another: what is on disk, how it goes on, what is taken back, what is undone."""
+"""One concept after another: what is on disk, how it goes on, what is taken back, what is refused."""
 
 import asyncio
 import json
