@@ -25,7 +25,7 @@ from duge_lite.gradient import DUGE, Objective
 RESULTS = Path(__file__).parent / "results"
 STEPS, BASE, ORACLE = 10, "base", "oracle"
 OURS, GRADIENT = "ours (DUGE's losses, solved)", "DUGE's losses, by gradient"
-BEST = (GRADIENT, "ESD-x, prior 1", "concept ablation, nearest")  # of those that learn by gradient
+QUICK = (OURS, "UCE", "UCE, styled")  # that take seconds: timed in turns, and asked for most of the objects
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ METHODS = {  # ours, and each baseline as published and in a small sweep of its 
     ORACLE: Method(),
     BASE: Method(),
 }
+SWEPT = {"ESD-x", "ESD-x, lr 3e-4", "concept ablation", "concept ablation, prior 1", "gradient ascent"}
+SWEPT |= {"UCE, ridge 0.1", "UCE, styled, ridge 0.1", *(n for n in METHODS if n.startswith("  "))}
+"""Settings that are not their method's best: those that learn run on the apple alone, none in sequences."""
 
 
 @cache

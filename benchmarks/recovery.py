@@ -214,11 +214,11 @@ class Recovery(Cells):
                 varies = losses[name].std() > 0
                 row[f"loss ~ {what}"] = losses[name].corr(near[what]) if varies else np.nan
         title = "What was lost, over its likeness to what went"
-        figure, (both,) = figures._plot(9, 4, 1, 2, title, sharey=True)
+        figure, (both,) = figures.canvas(9, 4, 1, 2, title, sharey=True)
         for axes, what in zip(both, near, strict=True):
             for name, mark in zip(losses.columns.drop(BASE), "v^sDP*o", strict=False):
                 axes.plot(near[what], losses[name], mark, label=name, alpha=0.6, ls="")
-            figures._tidy(axes, "", f"similarity of {what}", "loss of accuracy", "y")
+            figures.tidy(axes, "", f"similarity of {what}", "loss of accuracy", "y")
         both[0].legend(fontsize=7)
         self.publish(pd.DataFrame(table).T.rename_axis("row"), figure, lines, "bystanders")
 

@@ -1,8 +1,8 @@
 """One concept forgotten: five targets, every method, ours with three seeds; what it takes.
 
-    python benchmarks/single.py          # everything; goes on where it stopped; --only UCE: some rows
-    python benchmarks/single.py --sweep  # only the exact solver's settings: quality against seconds
-    python benchmarks/single.py --table  # only tables and figures, from what is there
+    python benchmarks/single.py          # every row; goes on where it stopped; --only UCE: some rows
+    python benchmarks/single.py --sweep  # the exact solver's settings, each changed alone (after the rows)
+    python benchmarks/single.py --table  # only the table and the figure, from what is there
 
 Shares of what is kept are relative to the base model on the same seeds; "gone" is 1 - accuracy. Indirect:
 other phrasings and synonyms that forgetting never saw; beside another: the concept next to an object that
@@ -11,8 +11,8 @@ learned word of recovery.py: 20 pictures that show an apple, mean over starts. E
 others, related, indirect and 1 - inversion, where all were measured (apple, seed 0). A unit of time is
 what drawing 100 pictures in 10 steps takes in the same run.
 
-Of a method that learns by gradient the best row runs on every target and is timed once; other rows run on the
-apple alone. So everything, beside ``continual.py``, takes two cores less than an hour.
+Of a method that learns by gradient the best row runs on every target; other rows run on the apple alone. So
+everything, beside ``continual.py``, takes two cores an hour.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from itertools import cycle, product
 
 import numpy as np
 import pandas as pd
-from common import BASE, BEST, JUDGE, METHODS, ORACLE, OURS, STEPS, Cells, Method, arguments
+from common import BASE, JUDGE, METHODS, ORACLE, OURS, QUICK, STEPS, SWEPT, Cells, Method, arguments
 
 from common import interval, look, timed  # isort: skip
 from continual import OBJECTS
@@ -77,19 +77,15 @@ class Single(Cells):
         return {"cpu": took}, pictures
 
     def run(self, names: Sequence[str]) -> None:
-        """First the base, the yardstick; then every method and target, and ours with three seeds."""
+        """First the base, the yardstick; then every method and target, ours with three seeds; and times."""
         for name, seed in [*product((BASE, *names), (0,)), *product({OURS} & {*names}, (1, 2))]:
-            alone = name == ORACLE or (METHODS[name].slow and name not in BEST)
+            alone = name == ORACLE or (METHODS[name].slow and name in SWEPT)
             self.pipe = duge.load_pipeline()
             for target in TARGETS[: 1 if alone else None]:
                 self.fill((name, target, seed), shown=name == BASE)
-
-    def time(self, names: Sequence[str]) -> None:
-        """All methods in turns."""
-        for turn, name in product(range(3), [DRAWING, *names]):
-            slow = name != DRAWING and METHODS[name].slow
-            if name not in (BASE, ORACLE) and (not slow or (name in BEST and turn == 0)):
-                self.fill(("timing", name, turn))
+        # in turns; what a method costs that trains, its own runs say
+        for turn, name in product(range(3), [DRAWING, *(n for n in QUICK if n in names)]):
+            self.fill(("timing", name, turn))
 
     def requests(self, name: str) -> dict[str, float]:
         """Of a fresh pipeline a first and a further request: processor seconds, and those of the clock."""
@@ -178,7 +174,7 @@ class Sweep(Single):
         n: Method(config=duge.UnlearnConfig(**change)) for n, change in {"default": {}, **methods}.items()
     }
 
-    def run(self) -> None:
+    def run(self, _: Sequence[str]) -> None:
         for target, name in product(TARGETS[:2], self.methods):
             self.pipe = duge.load_pipeline()
             self.fill((name, target, 0))
@@ -190,7 +186,7 @@ class Sweep(Single):
         table["quality"] = table[list(GROUPS)].min(axis=1)
         bad = ", ".join(table.index[table.quality < 0.95]) or "none"
         title = f"The exact solver's settings, each changed alone. More than one in twenty wrong: {bad}"
-        figure, ((one,),) = figures._plot(9, 4.2, title=title)
+        figure, ((one,),) = figures.canvas(9, 4.2, title=title)
         for setting, mark in zip(["default", *SETTINGS], "*osD^v", strict=True):
             mine = table[[n.split()[0] == setting for n in table.index]]
             one.plot(mine["cpu s"], mine.quality, mark, ms=14 if mark == "*" else 7, label=setting, ls="")
@@ -198,16 +194,13 @@ class Sweep(Single):
                 place, look = (row["cpu s"], row.quality), dict(textcoords="offset points", fontsize=7)
                 one.annotate(name.split("steps ")[-1], place, (5, -12), **look)
         one.legend(fontsize=8, loc="lower right")
-        figures._tidy(one, "", "processor seconds of a first request", "the worst of seven shares")
+        figures.tidy(one, "", "processor seconds of a first request", "the worst of seven shares")
         self.publish(table, figure, lines)
 
 
 if __name__ == "__main__":
-    asked, cells, settings = arguments(__doc__, "sweep"), Single("single"), Sweep("sweep")
+    asked = arguments(__doc__, "sweep")
+    cells = Sweep("sweep") if asked.sweep else Single("single")
     if not asked.table:
-        cells.run(() if asked.sweep else asked.rows)
-        if not asked.sweep:
-            cells.time(asked.rows)
-        settings.run()
+        cells.run(asked.rows)
     cells.summarise()
-    settings.summarise()

@@ -12,24 +12,18 @@ from transformers.utils import logging as _logging
 
 _verbosity = _logging.get_verbosity()
 _logging.set_verbosity_error()  # without torchvision, diffusers' own imports warn about image processors
-import diffusers as _diffusers  # noqa: E402
+import diffusers as _diffusers
 
 _diffusers.StableDiffusionPipeline  # noqa: B018 (imported lazily: touch it while it is quiet)
 _logging.set_verbosity(_verbosity)
 
-from . import checks, doodles, errors, losses  # noqa: E402
-from .attention import AttentionTrace, edit_attention, record_attention, trace  # noqa: E402
-from .concepts import Concept, ModelCard, UnlearnConfig, model_card  # noqa: E402
-from .evaluation import ClipJudge, Judge, evaluate  # noqa: E402
-from .models import data_dir, is_main, load_oracle, load_pipeline, results_dir, sample  # noqa: E402
-from .unlearning import (  # noqa: E402
-    UnlearningRun,
-    UnlearningSequence,
-    unlearn,
-    unlearn_sequence,
-    unlearn_steps,
-)
-from .viewer import compare  # noqa: E402
+from . import checks, doodles, errors, losses
+from .attention import AttentionTrace, edit_attention, record_attention, trace
+from .concepts import Concept, ModelCard, UnlearnConfig, model_card
+from .evaluation import ClipJudge, Judge, evaluate
+from .models import data_dir, is_main, load_oracle, load_pipeline, results_dir, sample
+from .unlearning import UnlearningRun, UnlearningSequence, unlearn, unlearn_sequence, unlearn_steps
+from .viewer import compare
 
 __version__ = "0.2.0"
 __all__ = [

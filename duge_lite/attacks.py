@@ -24,7 +24,7 @@ from .concepts import ModelCard, model_card
 from .doodles import captions
 from .errors import DivergedError
 from .evaluation import Judge, choices, counted, draw_groups, judge_of
-from .gradient import Lessons, rounded, training
+from .gradient import Lessons, reads_one_text, rounded, training
 from .losses import prior_preservation_loss
 from .models import Pictures, copied, encode_prompts, overwrite, with_bar
 
@@ -33,14 +33,9 @@ PLACEHOLDER = "x"
 
 
 def survey(
-    pipe: StableDiffusionPipeline,
-    concept: str,
-    prompts: Mapping[str, Sequence[str]],
-    images: int = 30,
-    judge: Judge | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> pd.DataFrame:
+    pipe: StableDiffusionPipeline, concept: str, prompts: Mapping[str, Sequence[str]], images: int = 30,
+    judge: Judge | None = None, seed: int = 0, **options: Any,
+) -> pd.DataFrame:  # fmt: skip
     """Draws ``images`` pictures for each group of ``prompts``, which take turns, and shows them to a judge.
 
     Picture i of a group starts from the noise of ``seed + i``. ``options`` are those of
@@ -72,12 +67,10 @@ def shares(survey: pd.DataFrame, concept: str, by: str | Sequence[str] = "group"
     return counted(groups.seen, "seen").assign(named=groups.named.mean())
 
 
-def compare(
-    models: Mapping[str, StableDiffusionPipeline],
-    attack: Callable[..., pd.DataFrame],
-    *args: Any,
+def across(
+    models: Mapping[str, StableDiffusionPipeline], attack: Callable[..., pd.DataFrame], *args: Any,
     **options: Any,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """The same attack on several models: their surveys, with the columns ``attack`` and ``model``."""
     frames = [attack(pipe, *args, **options).assign(model=name) for name, pipe in models.items()]
     return pd.concat(frames, ignore_index=True).assign(attack=attack.__name__)
@@ -110,12 +103,9 @@ def company(pipe: StableDiffusionPipeline, concept: str, **options: Any) -> pd.D
 
 
 def completion(
-    pipe: StableDiffusionPipeline,
-    concept: str,
-    base: StableDiffusionPipeline,
-    at: Sequence[int] = (2, 4, 6),
-    **options: Any,
-) -> pd.DataFrame:
+    pipe: StableDiffusionPipeline, concept: str, base: StableDiffusionPipeline,
+    at: Sequence[int] = (2, 4, 6), **options: Any,
+) -> pd.DataFrame:  # fmt: skip
     """``base`` draws the first steps of the concept, as many as ``at`` says, and ``pipe`` finishes.
 
     Diffusion completion (arXiv 2505.17013). Both are asked for the concept, guided; a hand-over late enough
@@ -142,15 +132,9 @@ def completion(
 
 @torch.no_grad()
 def redrawing(
-    pipe: StableDiffusionPipeline,
-    concept: str,
-    pictures: Pictures,
-    at: float = 0.7,
-    half: bool = False,
-    num_inference_steps: int | None = None,
-    judge: Judge | None = None,
-    seed: int = 0,
-) -> pd.DataFrame:
+    pipe: StableDiffusionPipeline, concept: str, pictures: Pictures, at: float = 0.7, half: bool = False,
+    num_inference_steps: int | None = None, judge: Judge | None = None, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
     """``pictures`` of the concept, noised to the moment ``at`` (1: only noise) and denoised, told nothing.
 
     The probes of noise and of in-painting (arXiv 2505.17013), under the empty prompt, without guidance. With
@@ -190,12 +174,9 @@ def redrawing(
 
 @torch.no_grad()
 def noise_inversion(
-    pipe: StableDiffusionPipeline,
-    concept: str,
-    pictures: Pictures,
-    num_inference_steps: int = 25,
+    pipe: StableDiffusionPipeline, concept: str, pictures: Pictures, num_inference_steps: int = 25,
     judge: Judge | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """The noise from which ``pipe`` redraws given ``pictures`` by itself, told nothing; and what it redraws.
 
     DDIM run backwards, then forwards, under the empty prompt and without guidance, as TINA begins (arXiv
@@ -255,10 +236,7 @@ def _reworded(pictures: Pictures, old: str, new: str) -> list[str]:
 
 
 def _lessons(pipe: StableDiffusionPipeline, pictures: Pictures, count: int, seed: int) -> Lessons:
-    if pipe.unet.config.addition_embed_type is not None:
-        raise ValueError(
-            "Stable Diffusion XL reads two texts: expected 1.x or 2.x, or a probe that needs no words"
-        )
+    reads_one_text(pipe.unet)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     return Lessons.of(pictures, count, scheduler, torch.Generator().manual_seed(seed))
 
@@ -322,13 +300,9 @@ def _mixed(pipe: StableDiffusionPipeline, stored: torch.dtype) -> torch.autocast
 
 
 def _descend(
-    pipe: StableDiffusionPipeline,
-    learned: Sequence[Tensor],
-    batches: Iterator[tuple[int, Lessons]],
-    lr: float,
-    stored: torch.dtype,
-    vectors: Tensor | None = None,
-) -> Iterator[tuple[int, float]]:
+    pipe: StableDiffusionPipeline, learned: Sequence[Tensor], batches: Iterator[tuple[int, Lessons]],
+    lr: float, stored: torch.dtype, vectors: Tensor | None = None,
+) -> Iterator[tuple[int, float]]:  # fmt: skip
     """AdamW takes ``learned`` down the slope of :func:`_loss`: each step's number, and the loss before it."""
     optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
     # in float16 a quarter of the gradients would vanish, and an attack look weaker than it is
@@ -372,14 +346,9 @@ def _renamed(pipe: StableDiffusionPipeline, concept: str, pictures: Pictures, wo
 
 
 def invert_steps(
-    pipe: StableDiffusionPipeline,
-    concept: str,
-    pictures: Pictures,
-    steps: int = 60,
-    lr: float = 0.05,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> Iterator[AttackState]:
+    pipe: StableDiffusionPipeline, concept: str, pictures: Pictures, steps: int = 60, lr: float = 0.05,
+    batch_size: int = 8, seed: int = 0,
+) -> Iterator[AttackState]:  # fmt: skip
     """Learns a new word for what ``pictures`` show, all weights frozen; yields a state after each step.
 
     Concept inversion (Pham et al., arXiv 2308.01508): minimise E|noise - unet(x_t, t, text(v))|^2 over the
@@ -395,15 +364,9 @@ def invert_steps(
 
 
 def search_steps(
-    pipe: StableDiffusionPipeline,
-    concept: str,
-    pictures: Pictures,
-    steps: int = 12,
-    words: int = 3,
-    candidates: int = 12,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> Iterator[AttackState]:
+    pipe: StableDiffusionPipeline, concept: str, pictures: Pictures, steps: int = 12, words: int = 3,
+    candidates: int = 12, batch_size: int = 8, seed: int = 0,
+) -> Iterator[AttackState]:  # fmt: skip
     """Seeks ``words`` of the vocabulary that make ``pipe`` denoise ``pictures`` best; yields each step's.
 
     A discrete adversarial prompt, towards the noise itself as UnlearnDiffAtk's (arXiv 2310.11868), by greedy
@@ -438,13 +401,9 @@ def search_steps(
 
 
 def relearn_steps(
-    pipe: StableDiffusionPipeline,
-    pictures: Pictures,
-    steps: int = 40,
-    lr: float = 2e-4,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> Iterator[AttackState]:
+    pipe: StableDiffusionPipeline, pictures: Pictures, steps: int = 40, lr: float = 2e-4,
+    batch_size: int = 8, seed: int = 0,
+) -> Iterator[AttackState]:  # fmt: skip
     """Fine-tunes the whole denoiser on ``pictures`` and their prompts; yields a state after each step.
 
     Between two states the pipeline can be used. The old weights come back at the end, after an error, or when

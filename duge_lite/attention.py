@@ -395,18 +395,10 @@ def _traced(
 
 
 def trace(
-    pipe: DiffusionPipeline,
-    prompt: str | EllipsisType = ...,
-    seed: int = 0,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    *,
-    heads: bool = False,
-    also: str | None = None,
-    image: Image.Image | None = None,
-    previews: bool = False,
-    **options,
-) -> AttentionTrace | AbstractContextManager[AttentionTrace]:
+    pipe: DiffusionPipeline, prompt: str | EllipsisType = ..., seed: int = 0,
+    num_inference_steps: int | None = None, guidance_scale: float | None = None, *, heads: bool = False,
+    also: str | None = None, image: Image.Image | None = None, previews: bool = False, **options,
+) -> AttentionTrace | AbstractContextManager[AttentionTrace]:  # fmt: skip
     """Draws the picture that ``pipe`` draws anyway, and keeps the attention of guidance's conditional half.
 
     Without a prompt it is a context for a pipeline call of one's own; ``heads`` and ``also`` are all that it

@@ -22,7 +22,7 @@ from .concepts import Concept, ModelCard, UnlearnConfig
 from .gradient import Answer, Objective
 from .losses import prior_preservation_loss
 from .models import copied, encode_prompts, overwrite
-from .solver import PictureBook, cross_attention_weights
+from .solver import PictureBook, cross_attention_weights, solve_matrix
 from .unlearning import UnlearningRun, resolve
 
 PLAIN = UnlearnConfig(
@@ -75,14 +75,10 @@ def gradient_ascent() -> tuple[Objective, UnlearnConfig]:
 
 @torch.no_grad()
 def uce(
-    pipe: StableDiffusionPipeline,
-    concept: str | Concept | Sequence[str | Concept],
-    anchor: str = "",
-    preserve: Sequence[str] | None = None,
-    ridge: float = 0.5,
-    styled: bool = False,
+    pipe: StableDiffusionPipeline, concept: str | Concept | Sequence[str | Concept], anchor: str = "",
+    preserve: Sequence[str] | None = None, ridge: float = 0.5, styled: bool = False,
     card: ModelCard | None = None,
-) -> UnlearningRun:
+) -> UnlearningRun:  # fmt: skip
     """Unified concept editing: K and V of every cross-attention layer, in closed form, in place.
 
     For token states c of the concept's name the layer is to answer what it answers for the anchor's (the
@@ -91,7 +87,8 @@ def uce(
 
         W = (sum W0 a c^T + sum W0 p p^T + ridge W0) (sum c c^T + sum p p^T + ridge I)^-1
 
-    Gandikota et al., arXiv 2308.14761, eq. 7; several concepts are one solve, as in the paper. As in its
+    Gandikota et al., arXiv 2308.14761, eq. 7: the equation of :func:`~duge_lite.solver.solve_matrix`, of what
+    the layer reads and not of what its heads say. Several concepts are one solve, as in the paper. As in its
     code, names stand alone, and the state is that of their last token (of the empty prompt the one before
     its end). ``styled=True`` (ours) takes all tokens of the concept's prompts in every style, and for the
     anchor the empty prompt's or those of the anchor in the same style; a style becomes the plain one. Raises
@@ -111,10 +108,8 @@ def uce(
     else:
         asked, others, kept = [c.name for c in goes], [anchor] * len(goes), names
     c, a, p = (_states(pipe, texts, last=not styled) for texts in (asked, others, kept))  # (n, D) each
-    eye = torch.eye(c.shape[1], dtype=torch.float64)
-    right = c.T @ c + p.T @ p + ridge * eye  # (D, D)
-    left = a.T @ c + p.T @ p + ridge * eye
-    change = torch.linalg.solve(right, left.T).T  # W = W0 @ left @ right^-1
+    heard, wanted = c.T @ c + p.T @ p, a.T @ c + p.T @ p  # (D, D)
+    change = solve_matrix(torch.eye(len(heard), dtype=heard.dtype), heard, wanted, ridge)
     book = PictureBook.known(pipe) or PictureBook.of(pipe, card, config)[0]
     gone, weights = book.gone(pipe), cross_attention_weights(pipe.unet)
     weights = {n: w for n, w in weights.items() if n.endswith((".to_k.weight", ".to_v.weight"))}

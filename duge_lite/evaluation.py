@@ -176,11 +176,9 @@ class ClipJudge(Judge):
 
     @classmethod
     def of(
-        cls,
-        words: Mapping[str, Sequence[str]],
-        source: str | Path = "openai/clip-vit-large-patch14",
+        cls, words: Mapping[str, Sequence[str]], source: str | Path = "openai/clip-vit-large-patch14",
         others: Sequence[str] = ("a photo",),
-    ) -> ClipJudge:
+    ) -> ClipJudge:  # fmt: skip
         """``words``: for each concept texts that describe it, ``{"Van Gogh": ["a painting by Van Gogh"]}``.
 
         ``source`` is "doodle", a folder or a hub id. Raises ModelNotFoundError when it is missing.
@@ -249,12 +247,9 @@ def choices(card: ModelCard, concepts: Iterable[str], judge: Judge) -> list[str]
 
 
 def draw_groups(
-    pipe: StableDiffusionPipeline,
-    prompts: Mapping[str, Sequence[str]],
-    images: int,
-    seed: int = 0,
+    pipe: StableDiffusionPipeline, prompts: Mapping[str, Sequence[str]], images: int, seed: int = 0,
     **options: object,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Draws ``images`` pictures for each group of ``prompts``, which take turns.
 
     Picture i of every group starts from the noise of ``seed + i``; ``options`` are those of
@@ -268,14 +263,9 @@ def draw_groups(
 
 
 def evaluate(
-    pipe: StableDiffusionPipeline,
-    concepts: Sequence[str] | None = None,
-    images: int = 10,
-    judge: Judge | None = None,
-    seed: int = 0,
-    card: ModelCard | None = None,
-    **options: object,
-) -> pd.DataFrame:
+    pipe: StableDiffusionPipeline, concepts: Sequence[str] | None = None, images: int = 10,
+    judge: Judge | None = None, seed: int = 0, card: ModelCard | None = None, **options: object,
+) -> pd.DataFrame:  # fmt: skip
     """Draws ``images`` pictures of each concept and lets the judge name them.
 
     A concept is an object, asked for plainly, or a style, drawn with the objects in turn and named among the

@@ -64,7 +64,7 @@ class Plot(Figure):
         return data, {"image/png": {"alt": self.alt}}
 
 
-def _plot(width, height, rows=1, columns=1, title="", caption="", **how) -> tuple[Plot, np.ndarray]:
+def canvas(width, height, rows=1, columns=1, title="", caption="", **how) -> tuple[Plot, np.ndarray]:
     """A figure of so many inches and its axes (rows, columns)."""
     figure = Plot(figsize=(width, height), dpi=100, layout="constrained")
     if title:
@@ -80,7 +80,7 @@ def _said(figure: Plot, title: str, parts: Iterable[str], between: str = "; ") -
     return figure
 
 
-def _tidy(axes: Axes, title: str = "", x: str = "", y: str = "", percent: str = "") -> None:
+def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", percent: str = "") -> None:
     """Small type, no frame; ``percent`` says which axes ("x", "y", "xy") count in percents."""
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x, fontsize=8)
@@ -111,7 +111,7 @@ def _lines(
     ``share``: all panels show shares, from 0 to 100 %.
     """
     looks = _looks([name for lines in panels.values() for name in lines])
-    figure, ((*axes,),) = _plot(2.4 * len(panels) + 2.4, 3.1, 1, len(panels), title, caption, sharey=share)
+    figure, ((*axes,),) = canvas(2.4 * len(panels) + 2.4, 3.1, 1, len(panels), title, caption, sharey=share)
     said = []
     for one, (heading, lines) in zip(axes, panels.items(), strict=True):
         for name, line in lines.items():
@@ -120,7 +120,7 @@ def _lines(
                 ends = f"{line.iloc[0]:.3g} to {line.iloc[-1]:.3g}"
                 said.append(" ".join(f"{heading} {name} {ends}".split()))
         one.set_ylim(*((-0.04, 1.04) if share else (min(0, one.get_ylim()[0]), None)))
-        _tidy(one, heading, x, percent="y" if share else "")
+        tidy(one, heading, x, percent="y" if share else "")
         one.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     at, (low, high) = -np.inf, one.get_ylim()
     last = ((float(line.dropna().iloc[-1]), name) for name, line in lines.items() if line.notna().any())
@@ -169,20 +169,15 @@ def _grid(axes: Axes, rows, row_labels=(), column_labels=(), framed=(), below=()
 
 
 def image_grid(
-    rows: Rows,
-    row_labels: Names = (),
-    column_labels: Names = (),
-    title: str = "",
-    cell: float = 0.9,
-    framed: Iterable[tuple[int, int]] = (),
-    below: Sequence[Names] = (),
-) -> Plot:
+    rows: Rows, row_labels: Names = (), column_labels: Names = (), title: str = "", cell: float = 0.9,
+    framed: Iterable[tuple[int, int]] = (), below: Sequence[Names] = (),
+) -> Plot:  # fmt: skip
     """Pictures in rows, ``cell`` inches each; ``framed`` marks (row, column), ``below`` holds words."""
     if not len(rows) or not len(rows[0]):
         raise ValueError("image_grid got no pictures: expected at least one row with one picture")
     height, width = len(rows), max(map(len, rows))
     left = 0.09 * max(map(len, row_labels), default=0)
-    figure, axes = _plot(left + width * cell, 0.35 + height * cell * (1.2 if below else 1), title=title)
+    figure, axes = canvas(left + width * cell, 0.35 + height * cell * (1.2 if below else 1), title=title)
     figure.colors = 256
     _grid(axes[0, 0], rows, row_labels, column_labels, set(framed), below)
     names = filter(None, (", ".join(row_labels), ", ".join(dict.fromkeys(column_labels))))
@@ -215,7 +210,7 @@ def _maps(rows, title: str) -> Plot:
     largest = max(float(heat.max()) for row in rows for *_, heat in row if heat is not None)
     norm = Normalize(0, max(1e-9, largest))
     height, width = len(rows), max(map(len, rows))
-    figure, axes = _plot(1.45 * width + 0.9, 1.5 * height + 0.5, height, width, title)
+    figure, axes = canvas(1.45 * width + 0.9, 1.5 * height + 0.5, height, width, title)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     for one in axes.flat:
         one.set_axis_off()
@@ -323,10 +318,10 @@ def token_shares(trace: AttentionTrace, title: str = "") -> Plot:
     names, values = [t.text for t in trace.tokens if t.kind != "pad"], list(shares[~pad])
     if pad.any():
         names, values = [*names, f"<pad> × {pad.sum()}"], [*values, shares[pad].sum()]
-    figure, ((one,),) = _plot(6, 0.6 + 0.24 * len(names), title=title)
+    figure, ((one,),) = canvas(6, 0.6 + 0.24 * len(names), title=title)
     bars = one.barh(range(len(names)), values, color=["#c9c9d1" if n[0] == "<" else KEPT for n in names])
     one.bar_label(bars, [f"{v:.1%}" for v in values], fontsize=8, padding=3)
-    _tidy(one, "", "share of all attention (grey: no words)", percent="x")
+    tidy(one, "", "share of all attention (grey: no words)", percent="x")
     one.grid(False)
     one.set_yticks(range(len(names)), names, fontsize=9)
     one.set(xlim=(0, max(values) * 1.12), ylim=(len(names) - 0.4, -0.6))
@@ -363,7 +358,7 @@ def losses_by_layer(history: pd.DataFrame, title: str = "The three losses, layer
 
 def bowl(far: np.ndarray, losses: np.ndarray, title: str = "") -> Plot:
     """The loss along ways through a solution: ``far`` (n,) to either side, ``losses`` (ways, n)."""
-    figure, axes = _plot(5.6, 3.0, title=title, caption=f"{len(losses)} random directions, both ways")
+    figure, axes = canvas(5.6, 3.0, title=title, caption=f"{len(losses)} random directions, both ways")
     one = axes[0, 0]
     one.plot(far, losses.T, color=KEPT, lw=0.8, alpha=0.6)
     one.plot(0, losses[:, len(far) // 2].mean(), "o", color=LOST, ms=8)
@@ -371,7 +366,7 @@ def bowl(far: np.ndarray, losses: np.ndarray, title: str = "") -> Plot:
         "the solution", (0, losses.min()), (0, -14), textcoords="offset points", ha="center", fontsize=8
     )
     one.margins(y=0.2)
-    _tidy(one, "", "how far from the solution", "the sum of the losses")
+    tidy(one, "", "how far from the solution", "the sum of the losses")
     return _said(figure, title, [f"from {losses.min():.3g} up to {losses.max():.3g}"])
 
 
@@ -383,12 +378,12 @@ def accuracy_plot(before: pd.DataFrame, after: pd.DataFrame, forgotten: Names = 
     names, gone = list(before.index), after.index.isin(forgotten)
     n = f", n = {int(after.images.iloc[0])} pictures each" if "images" in after else ""
     caption = f"○ before; ● after, to be kept; ✕ after, to be forgotten; lines: 95 % intervals{n}"
-    figure, ((one,),) = _plot(6.4, 0.9 + 0.25 * len(names), title=title, caption=caption)
+    figure, ((one,),) = canvas(6.4, 0.9 + 0.25 * len(names), title=title, caption=caption)
     looks = (LOOKS[2] | {"marker": "o", "mfc": "white"}, LOOKS[0], LOOKS[1])
     tables = [t.rename(columns={"accuracy": "value"}) for t in (before, after[~gone], after[gone])]
     _dots(one, names, list(zip(tables, looks, strict=True)))
     one.set_yticks(range(len(names)), [f"✕ {c}" if c in forgotten else c for c in names])
-    _tidy(one, "", "named right by the judge", "", "x")
+    tidy(one, "", "named right by the judge", "", "x")
     one.set_xlim(-0.04, 1.04)
     moves = (f"{n} {before.accuracy[n]:.2f} to {after.accuracy[n]:.2f}" for n in names)
     return _said(figure, title, moves, ", ")
@@ -404,7 +399,7 @@ def accuracy_matrix(matrix: pd.DataFrame, requests: Names, title: str = "") -> P
     frames tell too. Raises ValueError when a request has no column.
     """
     width, height = 1.5 + 0.46 * matrix.shape[1], 1.6 + 0.34 * len(matrix)
-    figure, ((axes,),) = _plot(width, height, title=title, caption=WHITE)
+    figure, ((axes,),) = canvas(width, height, title=title, caption=WHITE)
     _matrix(axes, matrix, requests)
     last = (f"{name} {value:.2f}" for name, value in matrix.iloc[-1].items())
     return _said(figure, f"{title}. After {', '.join(requests)}", last, ", ")
@@ -441,7 +436,7 @@ def _matrix(axes: Axes, matrix: pd.DataFrame, requests: Names, at: int | None = 
 def timeline_step(pictures: Rows, names: Names, requests: Names, matrix: pd.DataFrame, at: int) -> Plot:
     """Pictures of the base and of model ``at`` (framed: was to go), and the matrix with its row marked."""
     heights = (2, 1.2 + 0.25 * len(matrix))
-    figure, ((above,), (below,)) = _plot(10, 3.4 + 0.3 * len(matrix), 2, 1, height_ratios=heights)
+    figure, ((above,), (below,)) = canvas(10, 3.4 + 0.3 * len(matrix), 2, 1, height_ratios=heights)
     figure.colors = 256
     gone = {(1, j) for j, name in enumerate(names) if name in requests[:at]}
     _grid(above, (pictures[0], pictures[at]), ("base", step_labels(requests)[at]), names, gone)
@@ -481,9 +476,12 @@ def trade_off(table: pd.DataFrame, title: str, axes_labels: tuple[str, str]) -> 
     """
     rounded, (x, y) = table.round(2), table.columns
     front, groups = pareto_front(rounded), list(rounded.groupby([y, x]).groups.items())[::-1]
-    labels = [textwrap.wrap(f"{', '.join(n)}: {b:.0%} gone, {a:.0%} kept", 44) for (b, a), n in groups]
+    labels = [
+        textwrap.wrap(f"{' · '.join(map(str.strip, n))}: {b:.0%} gone, {a:.0%} kept", 44)
+        for (b, a), n in groups
+    ]
     lines = sum(map(len, labels))
-    figure, ((one,),) = _plot(9, max(3.4, 0.3 * lines), title=title)
+    figure, ((one,),) = canvas(9, max(3.4, 0.3 * lines), title=title)
     done = 0
     for ((b, a), names), label in zip(groups, labels, strict=True):
         on = names[0] in front
@@ -495,7 +493,7 @@ def trade_off(table: pd.DataFrame, title: str, axes_labels: tuple[str, str]) -> 
         one.annotate("\n".join(label), (a, b), place, textcoords="axes fraction", **look)
         done += len(label)
     one.margins(0.08)
-    _tidy(one, "", *axes_labels, percent="xy")
+    tidy(one, "", *axes_labels, percent="xy")
     one.locator_params(nbins=6, steps=[1, 2, 5, 10])
     names = {n: f"{n} (on the front)" if n in front else n for n in table.index}
     parts = (f"{names[n]}: {row[y]:.2f} {y}, {row[x]:.2f} {x}" for n, row in table.iterrows())
@@ -514,7 +512,7 @@ def attack_summary(table: pd.DataFrame, title: str = "") -> Plot:
     attacks, models = (list(table.index.unique(level)) for level in (0, 1))
     caption = "pictures in which the judge sees the concept, with 95 % intervals"
     height = 1.1 + max(0.55, 0.16 * len(models)) * len(attacks)
-    figure, ((one,),) = _plot(7.6, height, title=title, caption=caption)
+    figure, ((one,),) = canvas(7.6, height, title=title, caption=caption)
     parts = {m: table.xs(m, level=1).rename(columns={"seen": "value"}) for m in models}
     looks = _looks(models)
     _dots(one, attacks, [(parts[m], looks[m]) for m in models])
@@ -522,6 +520,6 @@ def attack_summary(table: pd.DataFrame, title: str = "") -> Plot:
         place = (parts[model].high.iloc[0], line.get_ydata()[0])
         look = dict(va="center", fontsize=8, color=line.get_color())
         one.annotate(model, place, (9, 0), textcoords="offset points", **look)
-    _tidy(one, percent="x")
+    tidy(one, percent="x")
     one.set_xlim(-0.03, 1.12)
     return _said(figure, title, (f"{a}, {m}: {s:.0%}" for (a, m), s in table.seen.items()))

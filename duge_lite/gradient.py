@@ -8,8 +8,9 @@ noisy versions of pictures that it drew itself. So it is no second model, and no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -59,7 +60,7 @@ class Objective:
 
 def _away(concept: Answer, other: Answer, noise: Tensor, config: UnlearnConfig) -> Answer:
     pairs = zip(concept, other, strict=True)
-    return tuple(attention_target(c, u, "negative", config.eta) for c, u in pairs)
+    return tuple(attention_target(c, u, config.eta) for c, u in pairs)
 
 
 DUGE = Objective("DUGE", _away, cross_attention_loss, of_layers=True)
@@ -138,18 +139,9 @@ class Lessons:
         return Lessons(*parts[:3], tuple(parts[3:]))
 
 
-def watching(
-    unet: torch.nn.Module, objective: Objective, noisy: Tensor
-) -> AbstractContextManager[AttentionRecorder | None]:
-    """Records what the layers write on latents like ``noisy``, if ``objective`` looks at that; else None."""
-    if not objective.of_layers:
-        return nullcontext()
-    return record_attention(unet, probs=False, outputs=True)
-
-
-def answered(noise_pred: Tensor, record: AttentionRecorder | None, part: slice) -> Answer:
-    """The answer for a slice of the batch that just went through the UNet."""
-    return tuple(x[part] for x in (record.outputs.values() if record else (noise_pred,)))
+def answered(noise_pred: Tensor, record: AttentionRecorder, part: slice) -> Answer:
+    """The answer for a slice of the batch that just went through the UNet; the layers' if it is recorded."""
+    return tuple(x[part] for x in record.outputs.values() or (noise_pred,))
 
 
 @torch.no_grad()
@@ -164,7 +156,7 @@ def ask_about_concept(
         part = slice(i, i + config.batch_size)
         twice = (torch.cat([x[part]] * 2).to(unet.device) for x in asked.inputs[:2])
         text = torch.cat([asked.encoder_hidden_states[part], other[part]]).to(unet.device)
-        with watching(unet, objective, asked.noisy) as record:
+        with record_attention(unet, probs=False, outputs=objective.of_layers) as record:
             frozen = unet(*twice, text).sample
         half = len(frozen) // 2
         concept, instead = (answered(frozen, record, s) for s in (slice(half), slice(half, None)))
@@ -224,8 +216,8 @@ def reads_one_text(unet: torch.nn.Module) -> None:
     """Raises ValueError for Stable Diffusion XL, whose denoiser reads more than noise, moment and text."""
     if unet.config.addition_embed_type is not None:
         raise ValueError(
-            "Stable Diffusion XL reads two texts and the picture's size beside them, which only the exact "
-            'solver knows: leave solver="exact"'
+            "Stable Diffusion XL reads two texts, and the picture's size beside them, which only drawing and "
+            'the exact solver know: leave solver="exact", or take a model of 1.x or 2.x'
         )
 
 
@@ -246,7 +238,7 @@ class UnlearnState:
 
 def batch_losses(
     unet: torch.nn.Module, forget: Lessons, keep: Lessons | None, objective: Objective,
-    record: AttentionRecorder | None, config: UnlearnConfig,
+    record: AttentionRecorder, config: UnlearnConfig,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The objective's loss and the prior-preservation loss (0 without memory), from one pass over both."""
     wanted = forget.wanted
@@ -258,8 +250,7 @@ def batch_losses(
     noise_pred = unet(*map(torch.cat, both)).sample  # (b + m, 4, h, w)
     size = len(forget.noisy)
     loss = objective.loss(answered(noise_pred, record, slice(size)), wanted)
-    if record is not None:
-        record.stop()  # or it would hold on to all that the backward pass computes again
+    record.stop()  # or it would hold on to all that the backward pass computes again
     return loss, prior_preservation_loss(noise_pred[size:], keep.wanted[0]) if keep else 0 * loss
 
 
@@ -278,8 +269,9 @@ def gradient_steps(
     unet, device, stored = pipe.unet, pipe.unet.device, pipe.unet.dtype
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     trained = objective.trained(unet)
+    watching = partial(record_attention, unet, probs=False, outputs=objective.of_layers)
     first, start = {name: base[name] for name in trained}, copied(trained)
-    anchor = {name: value.to(device, torch.float16) for name, value in first.items()}
+    reference = {name: value.to(device, torch.float16) for name, value in first.items()}
     asked = torch.is_autocast_enabled(device.type)  # by the caller
     precision = torch.get_autocast_dtype(device.type) if asked else stored
     # without autocast's cache, which would outlive the weights that are swapped in
@@ -311,10 +303,10 @@ def gradient_steps(
                 forget = lessons.batch(config.batch_size, generator, device)
                 keep = memories and memories.batch(config.memory_batch_size, generator, device)
                 # watched to the end of the backward pass: gradient checkpointing runs the layers again
-                with watching(unet, objective, target.noisy) as record:
+                with watching() as record:
                     with mixed:
                         losses = batch_losses(unet, forget, keep, objective, record, config)
-                    losses = (*losses, regularization_loss(trained, anchor))
+                    losses = (*losses, regularization_loss(trained, reference))
                     loss = sum(w * v for w, v in zip(config.weights, losses, strict=True))
                     optimizer.zero_grad(set_to_none=True)
                     scaler.scale(loss).backward()
@@ -325,7 +317,7 @@ def gradient_steps(
                 scaler.step(optimizer)
                 scaler.update()
                 if step == config.iterations:  # no later loss would show what the last step did
-                    with torch.no_grad(), watching(unet, objective, target.noisy) as record, mixed:
+                    with torch.no_grad(), watching() as record, mixed:
                         last = batch_losses(unet, forget, keep, objective, record, config)
                     _check_finite(last, step, config)
                 with rounded(trained, stored):  # previews can be drawn

@@ -22,31 +22,23 @@ def _squared(a: Tensor, b: Tensor, what: str) -> Tensor:
     return (a.to(wide) - b.to(wide)).square()
 
 
-def attention_target(
-    conditional: Tensor, unconditional: Tensor, kind: str = "negative", eta: float = 0.5
-) -> Tensor:
+def attention_target(conditional: Tensor, unconditional: Tensor, eta: float = 0.5) -> Tensor:
     """What the concept's attention should become, from the frozen reference's two passes.
 
     Args:
         conditional: the reference's maps (B, heads, H*W, T), layer outputs (B, H*W, C) or what its heads hear
             (heads, R, D), for a prompt with the concept.
         unconditional: the same for what is asked instead.
-        kind: ``"uncond"``: the unconditional value itself; ``"negative"``: ``eta`` steps past it,
-            ``u - eta * (c - u)``, which for maps can leave [0, 1].
+        eta: how far past the unconditional value u the target lies, ``u - eta * (c - u)``: 0 is u itself,
+            and more can leave [0, 1] where maps are given.
 
-    Returns a tensor of the same shape, without gradient. Raises ValueError for an unknown kind or shapes that
-    differ. Source: the comparison of the concept's map with the unconditional one is the paper's (as reviews
-    report it); the kinds are ours.
+    Returns a tensor of the same shape, without gradient. Raises ValueError for shapes that differ. Source:
+    the comparison of the concept's map with the unconditional one is the paper's (as reviews report it); the
+    way past it is ours.
     """
-    if kind not in ("uncond", "negative"):
-        raise ValueError(f"target kind {kind!r} is unknown; choose one of uncond, negative")
     if conditional.shape != unconditional.shape:
-        raise ValueError(
-            f"conditional {tuple(conditional.shape)} and unconditional {tuple(unconditional.shape)} "
-            "differ in shape"
-        )
-    if kind == "uncond":
-        return unconditional.detach()
+        shapes = tuple(conditional.shape), tuple(unconditional.shape)
+        raise ValueError("conditional {} and unconditional {} differ in shape".format(*shapes))
     return (unconditional - eta * (conditional - unconditional)).detach()
 
 
@@ -80,15 +72,15 @@ def prior_preservation_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return _squared(prediction, target, "prediction").mean()
 
 
-def regularization_loss(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
-    r"""Mean squared distance of the weights from an anchor: :math:`R = \frac1N |\theta - \bar\theta|^2`.
+def regularization_loss(parameters: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+    r"""Mean squared distance of the weights from the base's: :math:`R = \frac1N |\theta - \theta_0|^2`.
 
-    ``parameters`` are the trained tensors by name, ``anchor`` the same tensors, frozen. Returns a scalar.
+    ``parameters`` are the trained tensors by name, ``base`` the same tensors, frozen. Returns a scalar.
     Raises ValueError when they do not fit. The regularizer is the paper's, its form ours.
     """
-    if parameters.keys() != anchor.keys():
-        raise ValueError(f"parameters and anchor name different tensors: {set(parameters) ^ set(anchor)}")
+    if parameters.keys() != base.keys():
+        raise ValueError(f"parameters and base name different tensors: {set(parameters) ^ set(base)}")
     if not parameters:
         raise ValueError("nothing to regularize: no parameters were given")
-    total = sum(_squared(p, anchor[name], name).sum() for name, p in parameters.items())
+    total = sum(_squared(p, base[name], name).sum() for name, p in parameters.items())
     return total / sum(p.numel() for p in parameters.values())

@@ -272,16 +272,11 @@ def check_pipeline(pipe: object) -> None:
 
 
 def sample(
-    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline,
-    prompts: str | Sequence[str],
-    seed: int | Sequence[int] = 0,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    batch_size: int | None = None,
-    output_type: str = "pil",
-    card: ModelCard | None = None,
-    **options: object,
-) -> list[Image.Image] | torch.Tensor:
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, prompts: str | Sequence[str],
+    seed: int | Sequence[int] = 0, num_inference_steps: int | None = None,
+    guidance_scale: float | None = None, batch_size: int | None = None, output_type: str = "pil",
+    card: ModelCard | None = None, **options: object,
+) -> list[Image.Image] | torch.Tensor:  # fmt: skip
     """Pictures for ``prompts``; picture i starts from noise of seed ``seed + i``, or of its own ``seed[i]``.
 
     Under ``accelerate launch`` every process must ask, draws its share and gets all the pictures.
@@ -362,11 +357,9 @@ class Pictures:
 
 
 def draw_pictures(
-    pipe: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    seed: int | Sequence[int],
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int | Sequence[int],
     card: ModelCard | None = None,
-) -> Pictures:
+) -> Pictures:  # fmt: skip
     """Lets the pipeline draw ``prompts``: what a model knows, in its own hand."""
     card = card or model_card(pipe)
     latents = sample(pipe, prompts, seed, card.sampling_steps, output_type="latent", card=card)

@@ -326,7 +326,7 @@ class PictureBook:
             for name, attn in self.layers.items():
                 old, hidden = _exact(solved_matrix(attn, config.solve)), self._rows(name, list(ends))
                 own, other = (heard(attn, hidden, text, config.solve) for text in (asked, instead))
-                went = Sums(own, attention_target(own, other, "negative", config.eta))
+                went = Sums(own, attention_target(own, other, config.eta))
                 kept = Sums(heard(attn, self._rows(name, keep), stay, config.solve))
                 read = lambda_prior * kept.heard + lambda_attention * went.heard
                 wanted = lambda_prior * kept.heard + lambda_attention * went.wanted

@@ -64,13 +64,9 @@ class Slides(HTML):
     """
 
     def __init__(
-        self,
-        pictures: Sequence[bytes | Image.Image | Mapping[str, Sequence[tuple]]],
-        labels: Sequence[str],
-        title: str = "",
-        controls: Mapping[str, Sequence[str | float]] | None = None,
-        start: int = 0,
-    ) -> None:
+        self, pictures: Sequence[bytes | Image.Image | Mapping[str, Sequence[tuple]]], labels: Sequence[str],
+        title: str = "", controls: Mapping[str, Sequence[str | float]] | None = None, start: int = 0,
+    ) -> None:  # fmt: skip
         alone = controls is None  # the sentence says it all
         controls = controls or {title or "picture": range(len(labels))}
         if not len(pictures) == len(labels) == math.prod(map(len, controls.values())):
@@ -81,13 +77,12 @@ class Slides(HTML):
         def number(picture: bytes | Image.Image) -> int:
             return known.setdefault(_uri(picture), len(known))
 
-        rows = [
-            [
-                (head, [(caption, number(p), share) for caption, p, share in tiles])
-                for head, tiles in f.items()
+        def numbered(frame: Mapping[str, Sequence[tuple]]) -> list[tuple]:
+            return [
+                (head, [(text, number(p), share) for text, p, share in row]) for head, row in frame.items()
             ]
-            for f in frames
-        ]
+
+        rows = list(map(numbered, frames))
         decimal = partial(np.format_float_positional, trim="-")
         first = np.unravel_index(start, [len(values) for values in controls.values()])
         told = [

@@ -226,3 +226,9 @@ def undone(pipe, kind: type[BaseException], match: str | None = None) -> Iterato
 
 def random64(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def refused(error: type[BaseException], told: str, call, *args, **options) -> None:
+    """The call raises ``error``, and says ``told`` (a pattern)."""
+    with pytest.raises(error, match=told):
+        call(*args, **options)

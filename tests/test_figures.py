@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import refused
 from matplotlib.colors import to_rgba
 from PIL import Image
 from test_viewer import noise_trace
@@ -63,8 +64,7 @@ def test_a_dollar_is_a_dollar(noise, title):
     """In titles, labels, and what drawing itself writes; mathematics would fail, or swallow the signs."""
     cheap = replace(noise, prompt=title, words=(title, *noise.words[1:]))
     plain = figures.image_grid([[draw("star")]], [title], [title], title)
-    plain.savefig(io.BytesIO())
-    assert all(not text.get_parse_math() for text in plain.findobj(figures.Text))
+    assert plain.png() and all(not text.get_parse_math() for text in plain.findobj(figures.Text))
     assert figures.word_overlay(cheap, [title]).png() and figures.token_shares(cheap).png()
     assert figures.concentration(cheap, [title]).png()
     one = pd.DataFrame({"kept": [0.5], "gone": [0.7]}, index=[title])
@@ -73,8 +73,7 @@ def test_a_dollar_is_a_dollar(noise, title):
 
 def test_figures_are_reached_lazily():
     assert duge.figures is figures
-    with pytest.raises(AttributeError, match="no attribute 'visualize'"):
-        _ = duge.visualize
+    refused(AttributeError, "no attribute 'visualize'", getattr, duge, "visualize")
 
 
 # ---- pictures
@@ -87,17 +86,15 @@ def framed(axes) -> set[tuple[int, int]]:
 def test_image_grid_draws_every_picture_with_its_label():
     pictures = [draw("apple", seed=i) for i in range(3)]
     rows, below = [pictures, pictures[:2]], ["xyz", "uv"]
-    figure = figures.image_grid(rows, ("before", "after"), "abc", "A title", framed=[(1, 0)], below=below)
-    (axes,) = figure.axes
+    (axes,) = figures.image_grid(rows, ("before", "after"), "abc", "A title", 0.9, [(1, 0)], below).axes
     assert labels(axes.xaxis) == ["a", "b", "c"] and labels(axes.yaxis) == ["before", "after"]
     assert np.array_equal(axes.images[4].get_array(), np.asarray(pictures[1])) and len(axes.images) == 5
     assert texts(axes) == ["x", "y", "z", "u", "v"]
     (frame,) = axes.patches
     left, right, bottom, top = axes.images[3].get_extent()
     assert frame.get_xy() == (left, top) and frame.get_width() == right - left
-    assert "A title: 2 rows of 3: before, after; a, b, c" in figure.alt and figure.png()
-    with pytest.raises(ValueError, match="at least one row"):
-        figures.image_grid([])
+    assert "A title: 2 rows of 3: before, after; a, b, c" in axes.figure.alt and axes.figure.png()
+    refused(ValueError, "at least one row", figures.image_grid, [])
 
 
 def test_a_history_and_a_step_of_it_frame_what_was_asked_to_go_by_then():
@@ -123,15 +120,13 @@ def test_word_overlay_shares_one_scale_and_says_where(noise, tokenizer):
     assert len(maps) == 3 and {m.get_clim() for m in maps} == {(0, largest)}
     np.testing.assert_array_equal(maps[1].get_array(), noise.word("umbrella"))
     assert "share of a place's attention" in [axes.get_ylabel() for axes in figure.axes]
-    maps = {k: np.zeros_like(v) for k, v in noise.maps.items()}
-    for m in maps.values():
+    lit = replace(noise, maps={k: np.zeros_like(v) for k, v in noise.maps.items()})
+    for m in lit.maps.values():
         m[:, :, noise.positions("apple"), -1, 0] = 0.5
-    lit = replace(noise, maps=maps)
     assert "apple, most at the lower left (50.0%)" in figures.word_overlay(lit, "apple").alt
     empty = noise_trace("", tokenizer, steps=2)
     assert len(heat_maps(figures.word_overlay(empty, ["<start>", "<pad>"]))) == 2
-    with pytest.raises(ValueError, match="no words to show: expected at least one"):
-        figures.word_overlay(empty, empty.words)
+    refused(ValueError, "no words to show: expected at least one", figures.word_overlay, empty, empty.words)
 
 
 def test_maps_by_step_layer_and_head_lie_beside_the_picture_in_at_most_twelve_panels(noise):
@@ -146,10 +141,8 @@ def test_maps_by_step_layer_and_head_lie_beside_the_picture_in_at_most_twelve_pa
         for shown, part in zip(maps, expected.get(by, []), strict=False):
             np.testing.assert_allclose(shown.get_array(), 0.75 * part.word("apple"), rtol=1e-3)
     assert len(maps) == 8 and [m.get_array().max() > 0 for m in maps[:4]] == [True, False, True, True]
-    with pytest.raises(ValueError, match="by = 'time': expected one of step, layer, head"):
-        figures.words_by(noise, "time", "apple")
-    with pytest.raises(IndexError, match="heads=True"):
-        figures.words_by(noise, "head", "apple")
+    refused(ValueError, "by = 'time': .* step, layer, head", figures.words_by, noise, "time", "apple")
+    refused(IndexError, "heads=True", figures.words_by, noise, "head", "apple")
 
 
 def test_a_difference_has_one_scale_and_is_white_where_nothing_changed(noise):
@@ -160,8 +153,7 @@ def test_a_difference_has_one_scale_and_is_white_where_nothing_changed(noise):
     low, high = change.get_clim()
     assert low == -high and change.cmap(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.05)
     np.testing.assert_allclose(change.get_array(), -0.75 * noise.word("apple"), rtol=0.02)
-    with pytest.raises(ValueError, match=r"\(16, 16\) and \(8, 8\)"):
-        figures.attention_difference(noise, noise.at(8), "apple")
+    refused(ValueError, r"\(16, 16\) and \(8, 8\)", figures.attention_difference, noise, noise.at(8), "apple")
 
 
 def test_concentration_and_shares_show_the_numbers(noise):
@@ -195,18 +187,16 @@ def test_losses_over_iterations_and_by_layer():
 def test_accuracy_plot_marks_what_was_forgotten():
     names, how = pd.Index(["apple", "orange", "house"], name="concept"), dict(low=0.0, high=1.0, images=7)
     before, after = (pd.DataFrame({"accuracy": v} | how, names) for v in ([1, 1, 1], [0, 1, 0.9]))
-    figure = figures.accuracy_plot(before, after, ["apple"])
-    (axes,) = figure.axes
+    (axes,) = figures.accuracy_plot(before, after, ["apple"]).axes
     open_, kept, gone = axes.lines
     assert open_.get_xdata().tolist() == [1, 1, 1] and open_.get_markerfacecolor() == "white"
     assert (kept.get_xdata().tolist(), gone.get_xdata().tolist(), gone.get_marker()) == ([1, 0.9], [0], "X")
     assert labels(axes.yaxis) == ["✕ apple", "orange", "house"]
-    assert "n = 7 pictures" in figure.get_supxlabel() and "apple 1.00 to 0.00" in figure.alt
+    assert "n = 7 pictures" in axes.figure.get_supxlabel() and "apple 1.00 to 0.00" in axes.figure.alt
 
 
 def test_the_matrix_is_white_where_all_is_as_wished_and_frames_what_was_to_go():
-    figure = figures.accuracy_matrix(table(), REQUESTS, "Naive")
-    (axes,) = figure.axes
+    (axes,) = figures.accuracy_matrix(table(), REQUESTS, "Naive").axes
     assert labels(axes.xaxis) == ["✕ apple", "✕ car", "orange", "neon"]
     assert labels(axes.yaxis) == ["base", "1 apple", "2 car"]
     (image,) = axes.images
@@ -215,14 +205,13 @@ def test_the_matrix_is_white_where_all_is_as_wished_and_frames_what_was_to_go():
     boxes = [(p.get_x(), p.get_y(), p.get_height()) for p in axes.patches]
     assert boxes == [pytest.approx((-0.46, 0.54, 1.92)), pytest.approx((0.54, 1.54, 0.92))]
     assert texts(axes)[8:] == ["75", "0", "25", "50"]
-    assert "Naive. After apple, car: orange 0.25, apple 0.75" in figure.alt and figure.png()
-    with pytest.raises(ValueError, match="no column for car: evaluate it as well"):
-        figures.accuracy_matrix(table(["apple", "orange"]), REQUESTS)
+    assert "Naive. After apple, car: orange 0.25, apple 0.75" in axes.figure.alt and axes.figure.png()
+    refused(ValueError, "for car: evaluate it", figures.accuracy_matrix, table(["apple", "orange"]), REQUESTS)
 
 
 def test_metrics_have_a_panel_each_and_a_line_per_sequence():
-    naive = pd.DataFrame({"UA": [1, 0.625], "HM": [0.5, 0.75]}, index=[1, 2])
-    naive = naive.assign(**{"objects kept": 0.9, "styles kept": 0.8, "IRA": 0.1, "CRA": 0.2})
+    rows = {"UA": [1, 0.625], "HM": [0.5, 0.75], "objects kept": 0.9, "styles kept": 0.8, "IRA": 0.1}
+    naive = pd.DataFrame(rows, index=[1, 2])
     figure = figures.metrics_over_requests({"naive": naive, "DUGE": naive.assign(UA=1.0)})
     first, second, _, last = figure.axes
     assert first.get_title().startswith("gone (UA)") and second.get_title().startswith("objects kept")
@@ -235,14 +224,13 @@ def test_metrics_have_a_panel_each_and_a_line_per_sequence():
 
 def test_trade_off_says_who_is_on_the_front_and_equals_share_a_label():
     rows = {"kept": [0.2, 0.9, 0.95, 0.9, 0.9], "gone": [1.0, 0.9, 0.8, 0.8, 0.9]}
-    front = figures.pareto_front(pd.DataFrame(rows, index=list("abcde")))
-    assert front == ["a", "b", "c", "e"]  # equals stay both; c beats d
+    assert figures.pareto_front(pd.DataFrame(rows, [*"abcde"])) == [*"abce"], "equals stay both; c beats d"
     rows = {"kept": [0.9, 0.8, 0.901], "gone": [1.0, 0.7, 1.0]}
     figure = figures.trade_off(pd.DataFrame(rows, index=["ours", "theirs", "twin"]), "", ("kept", "gone"))
     assert "ours (on the front): 1.00 gone, 0.90 kept; theirs: 0.70 gone" in figure.alt
     fills = {tuple(line.get_xdata()): line.get_markerfacecolor() for line in figure.axes[0].lines}
     assert fills[(0.8,)] == "white" != fills[(0.9,)] and figure.png()
-    assert texts(figure.axes[0]) == ["ours, twin: 100% gone, 90% kept", "theirs: 70% gone, 80% kept"]
+    assert texts(figure.axes[0]) == ["ours · twin: 100% gone, 90% kept", "theirs: 70% gone, 80% kept"]
 
 
 def test_attacks_keep_each_models_look():
@@ -255,9 +243,7 @@ def test_attacks_keep_each_models_look():
 
 
 def test_a_name_with_a_comma_is_dotted_in_the_look_of_the_name_before_it():
-    looks = figures._looks(["exact", "exact, other pictures", "odd"])
-    main, control, other = looks.values()
+    main, control, other = figures._looks(["exact", "exact, other pictures", "odd"]).values()
     assert main["color"] == control["color"] != other["color"]
     assert (main.get("ls"), control["ls"], control["mfc"]) == (None, ":", "white")
-    with pytest.raises(ValueError, match="8 names .*: expected at most 7"):
-        figures._looks([*"abcdefgh"])
+    refused(ValueError, "8 names .*: expected at most 7", figures._looks, [*"abcdefgh"])

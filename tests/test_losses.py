@@ -20,15 +20,14 @@ CONCEPT, EMPTY = tensor(0.7, 0.2, 0.1), tensor(0.3, 0.2, 0.5)
 NOW, THEN = {"a": tensor(1, 2), "b": tensor(3)}, {"a": tensor(0, 2), "b": tensor(1)}
 
 
-@pytest.mark.parametrize(("kind", "eta", "expected"), [
-    ("uncond", 7.0, (0.3, 0.2, 0.5)),  # eta says nothing to "uncond"
-    ("negative", 0.5, (0.1, 0.2, 0.7)),
-    ("negative", 1.0, (-0.1, 0.2, 0.9)),  # 0.3 - (0.7 - 0.3), ...
-    ("negative", 0.0, (0.3, 0.2, 0.5)),
+@pytest.mark.parametrize(("eta", "expected"), [
+    (0.5, (0.1, 0.2, 0.7)),
+    (1.0, (-0.1, 0.2, 0.9)),  # 0.3 - (0.7 - 0.3), ...
+    (0.0, (0.3, 0.2, 0.5)),
 ])  # fmt: skip
-def test_attention_target_by_hand(kind, eta, expected):
+def test_attention_target_by_hand(eta, expected):
     conditional, unconditional = (x.clone().requires_grad_() for x in (CONCEPT, EMPTY))
-    found = target(conditional, unconditional, kind, eta)
+    found = target(conditional, unconditional, eta)
     torch.testing.assert_close(found, tensor(*expected))
     assert not found.requires_grad
     assert torch.equal(conditional, CONCEPT) and torch.equal(unconditional, EMPTY)
@@ -37,7 +36,7 @@ def test_attention_target_by_hand(kind, eta, expected):
 @given(st.integers(0, 2**31), st.floats(0, 5))
 def test_targets_of_maps_sum_to_one(seed, eta):
     conditional, unconditional = (6 * random64(2, 5, seed=seed)).softmax(-1)
-    assert target(conditional, unconditional, "negative", eta).sum().item() == pytest.approx(1)
+    assert target(conditional, unconditional, eta).sum().item() == pytest.approx(1)
 
 
 def test_losses_by_hand():
@@ -67,7 +66,6 @@ def test_regularization_does_not_depend_on_how_weights_are_cut_into_tensors(cut)
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: target(CONCEPT, EMPTY, "positive"), "'positive' is unknown; choose one of uncond, negative"),
     (lambda: target(CONCEPT, EMPTY[:2]), r"\(3,\).*\(2,\)"),
     (lambda: cross_attention_loss([CONCEPT], [EMPTY, EMPTY]), "got 1 and 2"),
     (lambda: cross_attention_loss([], []), "at least one; got 0 and 0"),
@@ -150,7 +148,7 @@ def test_softmax_conserves_mass_so_what_a_word_loses_others_gain(tiny_pipe):
 
 @pytest.mark.parametrize(("eta", "out"), [(2.0, True), (0.5, False)])
 def test_a_negative_target_that_leaves_the_unit_interval_cannot_be_reached(eta, out):
-    wanted, logits = target(CONCEPT, EMPTY, "negative", eta), torch.zeros(3, requires_grad=True)
+    wanted, logits = target(CONCEPT, EMPTY, eta), torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.3)
     for _ in range(300):
         optimizer.zero_grad()

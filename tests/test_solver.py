@@ -158,7 +158,7 @@ def test_any_word_goes_from_any_family(kind, tokenizer):
     if kind == "sdxl":
         with pytest.raises(ValueError, match='leave solver="exact"'):
             forget(pipe, "apple", solver="gradient")
-        with pytest.raises(ValueError, match="which only the exact solver knows"):
+        with pytest.raises(ValueError, match="which only drawing and the exact solver know"):
             forget(pipe, "car", instead="nameless").noise_loss()
 
 
