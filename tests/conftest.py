@@ -157,6 +157,44 @@ def doodle_pipe(doodle_master) -> StableDiffusionPipeline:
     return with_own_unet(doodle_master)
 
 
+BOTH = pytest.mark.parametrize(
+    "config", [EXACT, pytest.param(GRADIENT, marks=pytest.mark.slow)], ids=["exact", "gradient"]
+)
+
+
+@pytest.fixture
+def fresh(tiny_master):
+    """A new process's pipeline, each time that it is called."""
+    return lambda: with_own_unet(tiny_master)
+
+
+def forget(pipe, what="apple", config=EXACT, memory=MEMORY, card=None, directory=None, **changes):
+    """``what`` goes; ``changes`` are of the settings."""
+    config, card = dataclasses.replace(config, **changes), card or quick_card(pipe)
+    return duge.unlearn(pipe, what, config, memory, progress=False, card=card, directory=directory)
+
+
+def footprint(pipe) -> list:
+    """All of the denoiser but its weights: flags, precision, gradients, processors, mode, hooks."""
+    unet = pipe.unet
+    flags = [(n, p.requires_grad, p.dtype, p.grad) for n, p in unet.named_parameters()]
+    hooks = [m for m in unet.modules() if m._forward_pre_hooks or m._forward_hooks]
+    return [flags, dict(unet.attn_processors), unet.training, hooks]
+
+
+@contextmanager
+def undone(pipe, kind: type[BaseException], match: str | None = None) -> Iterator[None]:
+    """``kind`` is raised, and the denoiser is as it was, weights and all."""
+    before, state = weights(pipe), footprint(pipe)
+    with pytest.raises(kind, match=match):
+        yield
+    assert not changed(pipe, before) and footprint(pipe) == state
+
+
+def random64(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def refused(error: type[BaseException], told: str, call, *args, **options) -> None:
     """The call raises ``error``, and says ``told`` (a pattern)."""
     with pytest.raises(error, match=told):
