@@ -8,6 +8,8 @@ import copy
 import dataclasses
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
