@@ -210,9 +210,11 @@ def test_every_prompt_is_drawn_once(tiny_pipe):
 @pytest.mark.parametrize("other", [{"guidance_scale": 2.0}, {"concepts": ("apple", "car", "star")}])
 def test_another_card_has_another_book(tiny_pipe, other):
     card = model_card(tiny_pipe)
-    forget(tiny_pipe, card=card).restore()
-    forget(tiny_pipe, card=replace(card, **other))
-    assert PictureBook.known(tiny_pipe).card == replace(card, **other)
+    forget(tiny_pipe, card=card)
+    run = forget(tiny_pipe, "car", card=replace(card, **other))
+    assert PictureBook.known(tiny_pipe).card == replace(card, **other) and gone(tiny_pipe) == ["apple", "car"]
+    run.restore()
+    assert gone(tiny_pipe) == ["apple"], "it knows the weights that the old one knew"
 
 
 def test_the_book_on_disk(tiny_pipe, fresh, tmp_path):
