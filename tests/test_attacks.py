@@ -4,21 +4,21 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import family
+from conftest import family, refused
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import duge_lite as duge
 from duge_lite import attacks
 from duge_lite.doodles import SYNONYMS, captions, teach
-from duge_lite.errors import DivergedError
-from duge_lite.evaluation import wilson_interval
 from duge_lite.models import Pictures, draw_pictures, encode_prompts
 
+pytestmark = pytest.mark.filterwarnings("ignore:CPU Autocast")
 QUICK = {"images": 2, "num_inference_steps": 1}
 
 
@@ -37,8 +37,7 @@ def untouched(pipe):
     def now():
         named = [*pipe.unet.named_parameters(), *pipe.text_encoder.named_parameters()]
         flags = [(p.requires_grad, p.grad is None, p.dtype) for _, p in named]
-        modules = [m for part in (pipe.unet, pipe.text_encoder) for m in part.modules()]
-        hooks = [len(m._forward_hooks) for m in modules]
+        hooks = [len(m._forward_hooks) for part in (pipe.unet, pipe.text_encoder) for m in part.modules()]
         whole = {n: p.detach().clone() for n, p in named} | {"noise": torch.get_rng_state()}
         return whole, (flags, hooks, len(pipe.tokenizer), pipe.scheduler, pipe.unet)
 
@@ -53,13 +52,12 @@ def untouched(pipe):
 
 def test_a_survey_has_a_row_per_picture_on_fixed_seeds(tiny_pipe, tiny_judge):
     prompts = {"one": ["a photo of a car", "a photo of a star"], "two": ["a photo of a car"]}
-    how = {"judge": tiny_judge, "seed": 4, "num_inference_steps": 1}
-    frame = attacks.survey(tiny_pipe, "apple", prompts, 3, **how)
+    frame = attacks.survey(tiny_pipe, "apple", prompts, 3, tiny_judge, seed=4, num_inference_steps=1)
     assert list(frame.group) == ["one"] * 3 + ["two"] * 3
     assert list(frame.prompt[:3]) == ["a photo of a car", "a photo of a star", "a photo of a car"]
-    alone = duge.sample(tiny_pipe, "a photo of a car", seed=6, num_inference_steps=1)[0]
-    for i in (2, 5):  # the third of each group starts from seed 4 + 2
-        assert np.abs(np.asarray(frame.picture[i], int) - np.asarray(alone, int)).max() <= 1
+    alone = duge.sample(tiny_pipe, "a photo of a car", seed=6, num_inference_steps=1)
+    third = np.stack(frame.picture[[2, 5]])  # of each group: it starts from seed 4 + 2
+    assert np.abs(np.subtract(third, np.stack(alone), dtype=int)).max() <= 1
     assert list(frame.seen) == list(tiny_judge.sees(list(frame.picture), "apple"))
     assert set(frame.named) <= set(duge.doodles.OBJECTS)
 
@@ -70,17 +68,15 @@ def test_shares_count_with_their_interval():
     table = attacks.shares(frame, "apple", by=["group", "model"])
     assert list(table.index) == [("g", "b"), ("g", "a")]  # in the order in which they come
     assert list(table.columns) == ["images", "seen", "low", "high", "named"]
-    assert table.iloc[0].tolist() == [4, 0.75, *wilson_interval(3, 4), 0.75]
-    assert table.iloc[1].tolist() == [2, 0.0, *wilson_interval(0, 2), 0.5]
+    assert table.iloc[0].tolist() == [4, 0.75, *duge.evaluation.wilson_interval(3, 4), 0.75]
+    assert table.iloc[1].tolist() == [2, 0.0, *duge.evaluation.wilson_interval(0, 2), 0.5]
     assert list(attacks.shares(frame, "apple", by="model").index) == ["b", "a"]
 
 
 def test_across_asks_every_model_the_same_and_names_a_style_among_styles(tiny_pipe, tiny_judge):
-    two = {"a": tiny_pipe, "b": tiny_pipe}
-    frame = attacks.across(two, attacks.plain, "neon", judge=tiny_judge, **QUICK)
+    frame = attacks.across(dict.fromkeys("ab", tiny_pipe), attacks.plain, "neon", judge=tiny_judge, **QUICK)
     assert list(frame.model) == ["a", "a", "b", "b"] and set(frame.attack) == {"plain"}
-    for one, other in zip(frame.picture[:2], frame.picture[2:], strict=True):
-        assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert np.array_equal(np.stack(frame.picture[:2]), np.stack(frame.picture[2:]))
     assert set(frame.named) <= set(duge.doodles.STYLES) and frame.prompt.str.contains("neon").all()
 
 
@@ -107,8 +103,7 @@ def test_company_is_everybody_else_in_both_places(tiny_pipe, tiny_judge):
     assert first[0] == "a photo of an apple next to an orange"
     assert second[0] == "a photo of an orange next to an apple"
     assert len(set(first)) == len(set(second)) == 19
-    with pytest.raises(ValueError, match="'neon' is a style"):
-        attacks.company(tiny_pipe, "neon", judge=tiny_judge, **QUICK)
+    refused(ValueError, "'neon' is a style", attacks.company, tiny_pipe, "neon", judge=tiny_judge, **QUICK)
 
 
 # ---------------------------------------------------------------------------- pictures, no words
@@ -129,29 +124,23 @@ class Dreamer(torch.nn.Module):
         return UNet2DConditionOutput(sample=(sample - a.sqrt() * clean) / (1 - a).sqrt())
 
 
-DREAMS = {
-    "knows": lambda noisy, text: torch.ones_like(noisy),  # an apple is all ones
-    "gone": lambda noisy, text: -torch.ones_like(noisy),
-    "unnamed": lambda noisy, text: noisy.mean((1, 2, 3), keepdim=True).sign().expand_as(noisy),
-}
-"""The one that is only unnamed draws no apple by itself, but goes on with one that it sees."""
+DREAMS = {"knows": lambda noisy, _: torch.ones_like(noisy), "gone": lambda noisy, _: -torch.ones_like(noisy)}
+DREAMS["unnamed"] = lambda noisy, _: noisy.mean((1, 2, 3), keepdim=True).sign().expand_as(noisy)
+"""An apple is all ones. Unnamed, it is not drawn by itself, but one that is seen is gone on with."""
 
 
 class Seer:
     """Sees an apple in what looks more like all ones than like all minus ones; and what was decoded."""
 
     def __init__(self, pipe):
-        self.latents, own = [], pipe.vae.config.scaling_factor
-        self.hook = pipe.vae.post_quant_conv.register_forward_pre_hook(
-            lambda conv, args: self.latents.append(args[0] * own)
-        )
+        self.latents, conv, own = [], pipe.vae.post_quant_conv, pipe.vae.config.scaling_factor
+        self.hook = conv.register_forward_pre_hook(lambda _, args: self.latents.append(args[0] * own))
 
     def knows(self, concept):
         return True
 
     def sees(self, pictures, concept):
-        found = torch.cat(self.latents)[-len(pictures) :]
-        return (found.mean((1, 2, 3)) > 0).numpy()
+        return (torch.cat(self.latents)[-len(pictures) :].mean((1, 2, 3)) > 0).numpy()
 
     def names(self, pictures, among):
         return ["apple" if seen else "car" for seen in self.sees(pictures, "apple")]
@@ -178,51 +167,40 @@ def given(tiny_pipe):
     return Pictures(torch.ones(3, 4, 16, 16), encode_prompts(tiny_pipe, prompts), prompts)
 
 
-@pytest.mark.parametrize(
-    ("dream", "seen"), [("gone", [0, 0, 1]), ("knows", [1, 1, 1]), ("unnamed", [None, 1, 1])]
-)
-def test_completion_finishes_what_another_began(dreamer, dream, seen):
+@pytest.mark.parametrize("dream, alone, helped", [("gone", 0, 0), ("knows", 1, 1), ("unnamed", None, 1)])
+def test_apples_are_finished_only_where_one_is_known(dreamer, given, dream, alone, helped):
+    """Those that another model began, and noised ones."""
     (base, _), (pipe, judge) = dreamer("knows"), dreamer(dream)
-    how = {"images": 3, "num_inference_steps": 4, "batch_size": 2}
     with untouched(pipe):
-        frame = attacks.completion(pipe, "apple", base, at=(0, 2, 4), judge=judge, **how)
-    assert list(frame.group) == [f"{k} of 4 steps" for k in (0, 2, 4) for _ in range(3)]
+        how = {"judge": judge, "num_inference_steps": 4}
+        relay = attacks.completion(pipe, "apple", base, at=(0, 2, 4), images=3, batch_size=2, **how)
+    assert list(relay.group) == [f"{k} of 4 steps" for k in (0, 2, 4) for _ in range(3)]
     assert (base.unet.calls, pipe.unet.calls) == (2 * (2 + 4), 2 * (4 + 2))  # two batches each
-    shares = frame.groupby("group", sort=False).seen.mean()
-    assert all(want is None or share == want for share, want in zip(shares, seen, strict=True))
-    assert frame.prompt[0] == "a photo of an apple"
+    shares = relay.groupby("group", sort=False).seen.mean().tolist()
+    assert shares[1:] == [helped, 1] and alone in (None, shares[0])
+    assert relay.prompt[0] == "a photo of an apple"
+    noised = attacks.redrawing(pipe, "apple", given, 0.5, **how)
+    assert pipe.unet.calls == 2 * (4 + 2) + 2  # half of the steps, without guidance
+    assert list(noised.group) == ["noised to 0.5"] * 3 and list(noised.prompt) == [""] * 3
+    assert list(noised.seen) == [helped] * 3 and list(noised.named) == ["apple" if helped else "car"] * 3
 
 
 def test_completion_by_oneself_is_drawing(tiny_pipe, tiny_judge):
     how = {"judge": tiny_judge, "images": 2, "num_inference_steps": 3, "seed": 5}
     alone = attacks.plain(tiny_pipe, "apple", **how)
     both = attacks.completion(tiny_pipe, "apple", tiny_pipe, at=(0, 1, 3), **how)
-    for i, picture in enumerate(both.picture):
-        assert np.array_equal(np.asarray(picture), np.asarray(alone.picture[i % 2]))
-    with pytest.raises(ValueError, match="at = 4: expected a number of steps from 0 to 3"):
-        attacks.completion(tiny_pipe, "apple", tiny_pipe, at=(4,), **how)
-
-
-@pytest.mark.parametrize(("dream", "seen"), [("gone", 0), ("knows", 1), ("unnamed", 1)])
-def test_noised_apples_come_back_only_where_one_is_known(dreamer, given, dream, seen):
-    pipe, judge = dreamer(dream)
-    frame = attacks.redrawing(pipe, "apple", given, 0.5, judge=judge, num_inference_steps=4)
-    assert pipe.unet.calls == 2  # half of the steps, without guidance
-    assert list(frame.group) == ["noised to 0.5"] * 3 and list(frame.prompt) == [""] * 3
-    assert frame.seen.mean() == seen and list(frame.named) == ["apple" if seen else "car"] * 3
+    assert np.array_equal(np.stack(both.picture), np.stack([*alone.picture] * 3))
+    told = "at = 4: expected a number of steps from 0 to 3"
+    refused(ValueError, told, attacks.completion, tiny_pipe, "apple", tiny_pipe, at=(4,), **how)
 
 
 def test_the_given_half_stays_and_tells_nothing_of_the_other(dreamer, given):
-    pipe, judge = dreamer("gone")
-    attacks.redrawing(pipe, "apple", given, half=True, judge=judge, num_inference_steps=4)
-    last = judge.latents[-1]
-    torch.testing.assert_close(last[..., :8], given.latents[..., :8])
-    torch.testing.assert_close(last[..., 8:], -given.latents[..., 8:])
-    heard = []
-    pipe, _ = dreamer(lambda noisy, text: heard.append(noisy) or torch.ones_like(noisy))
+    left, heard = torch.arange(16) < 8, []
+    pipe, judge = dreamer(lambda noisy, text: heard.append(noisy) or -torch.ones_like(noisy))
     for right in (1.0, -1.0):  # what is not given
-        shown = replace(given, latents=torch.where(torch.arange(16) < 8, given.latents, right))
+        shown = replace(given, latents=torch.where(left, given.latents, right))
         attacks.redrawing(pipe, "apple", shown, half=True, judge=judge, num_inference_steps=4, seed=2)
+        torch.testing.assert_close(judge.latents[-1], torch.where(left, given.latents, -1.0))
     assert len(heard) == 8 and all(torch.equal(heard[i], heard[i + 4]) for i in range(4))
 
 
@@ -254,8 +232,7 @@ def test_every_family_is_probed_without_words(tokenizer, kind):
         ):
             assert len(frame) == 3 and {"group", "prompt", "picture", "named", "seen"} <= set(frame)
     if kind == "sdxl":
-        with pytest.raises(ValueError, match="XL reads two texts, .*: leave .* a model of 1.x or 2.x"):
-            next(attacks.relearn_steps(pipe, given))
+        refused(ValueError, "XL reads two texts, .* 1.x or", next, attacks.relearn_steps(pipe, given))
     if kind == "v":
         fine = attacks.noise_inversion(pipe, "apple", given, 25, how["judge"])
         assert fine.error.mean() < 0.5 * frame.error.mean()  # smaller steps, better undone
@@ -289,8 +266,7 @@ def test_inversion_goes_downhill(tiny_pipe, pictures):
 
     def loss(vector):
         with attacks.new_word(tiny_pipe, vector), torch.no_grad():
-            text = encode_prompts(tiny_pipe, texts)
-            answer = tiny_pipe.unet(batch.noisy, batch.timesteps, text).sample
+            answer = tiny_pipe.unet(batch.noisy, batch.timesteps, encode_prompts(tiny_pipe, texts)).sample
         return (answer - batch.wanted[0]).square().mean().item()
 
     assert state.loss == pytest.approx(loss(first), rel=1e-4)
@@ -298,28 +274,23 @@ def test_inversion_goes_downhill(tiny_pipe, pictures):
 
 
 def test_every_prompt_has_to_say_the_name(tiny_pipe, tiny_memory):
-    with pytest.raises(ValueError, match="'a photo of an orange': expected one that says 'an apple'"):
-        next(attacks.invert_steps(tiny_pipe, "apple", tiny_memory))
-    with pytest.raises(ValueError, match="expected one that says ' of an apple'"):
-        attacks.name_gain(tiny_pipe, "apple", tiny_memory)
+    states, told = attacks.invert_steps(tiny_pipe, "apple", tiny_memory), "expected one that says "
+    refused(ValueError, f"'a photo of an orange': {told}'an apple'", next, states)
+    refused(ValueError, f"{told}' of an apple'", attacks.name_gain, tiny_pipe, "apple", tiny_memory)
 
 
 # ---------------------------------------------------------------------------- words of the vocabulary
 
 
-@pytest.fixture
-def listener(tiny_pipe, dreamer, given):
-    """Draws an apple when it hears "a photo of star harp", less of one the further away the text is."""
+def test_words_are_sought_that_the_model_listens_to(tiny_pipe, dreamer, given):
+    """It draws an apple when it hears "a photo of star harp", less of one the further away the text is."""
     secret = encode_prompts(tiny_pipe, ["a photo of star harp"])
 
     def dream(noisy, text):
         far = (text - secret).square().mean((1, 2)) / secret.square().mean()
         return torch.ones_like(noisy) * (1 - far.reshape(-1, 1, 1, 1))
 
-    return dreamer(dream)[0]
-
-
-def test_words_are_sought_that_the_model_listens_to(listener, given):
+    listener, _ = dreamer(dream)
     how = {"steps": 25, "words": 2, "candidates": 30, "batch_size": 2}
     with untouched(listener):
         states = list(attacks.search_steps(listener, "apple", given, **how))
@@ -331,16 +302,16 @@ def test_words_are_sought_that_the_model_listens_to(listener, given):
 
 def test_a_deaf_model_gives_no_words_away(dreamer, given):
     deaf, _ = dreamer(lambda noisy, text: torch.zeros_like(noisy) + 0 * text.sum())
-    how = {"steps": 4, "batch_size": 2}
-    first = [[s.words for s in attacks.search_steps(deaf, "apple", given, seed=i, **how)] for i in range(2)]
+    search = partial(attacks.search_steps, deaf, "apple", given, steps=4, batch_size=2)
+    first = [[s.words for s in search(seed=seed)] for seed in (0, 1)]
     assert all(len(set(words)) == 1 for words in first) and first[0] != first[1]  # those it began with
 
 
 def test_words_are_whole_and_not_the_name(tiny_pipe, given):
     own, read = tiny_pipe.tokenizer("apple").input_ids, tiny_pipe.tokenizer
-    how = {"steps": 2, "candidates": 4, "batch_size": 2}
+    search = partial(attacks.search_steps, tiny_pipe, "apple", given, steps=2, candidates=4, batch_size=2)
     for seed in range(3):
-        for state in attacks.search_steps(tiny_pipe, "apple", given, seed=seed, **how):
+        for state in search(seed=seed):
             ids = read(state.words, add_special_tokens=False).input_ids
             assert len(ids) == len(state.words.split()) == 3 and not set(ids) & set(own)
 
@@ -359,8 +330,8 @@ def test_pictures_are_encoded_like_the_models_own(doodle_master):
 def test_the_gain_is_the_share_of_the_error_that_the_name_takes_away(tiny_pipe, pictures):
     with untouched(tiny_pipe):
         found = attacks.name_gain(tiny_pipe, "apple", pictures, count=40)
-    assert found.gain == pytest.approx(1 - found.told / found.untold, abs=1e-5)
     assert found.low < found.gain < found.high
+    assert found.gain == pytest.approx(1 - found.told / found.untold, abs=1e-5)
     nameless = encode_prompts(tiny_pipe, ["a photo", "a neon sign"])
     same = attacks.name_gain(tiny_pipe, "apple", replace(pictures, encoder_hidden_states=nameless), count=40)
     assert same.told == same.untold == pytest.approx(found.untold) and same.gain == 0
@@ -368,40 +339,29 @@ def test_the_gain_is_the_share_of_the_error_that_the_name_takes_away(tiny_pipe, 
 
 # ---------------------------------------------------------------------------- learning
 
-LEARN = {
-    "invert": lambda pipe, pictures, **how: attacks.invert_steps(pipe, "apple", pictures, **how),
-    "relearn": attacks.relearn_steps,
-}
+LEARN = {"invert": partial(attacks.invert_steps, concept="apple"), "relearn": attacks.relearn_steps}
 
 
 @pytest.mark.parametrize("attack", LEARN)
 def test_learning_is_repeatable_and_leaves_all_as_it_was(tiny_pipe, pictures, attack):
+    learn, broken = partial(LEARN[attack], tiny_pipe), replace(pictures, latents=pictures.latents * math.nan)
     with untouched(tiny_pipe):
-        one, other = (list(LEARN[attack](tiny_pipe, pictures, steps=3, batch_size=2)) for _ in "ab")
+        one, other = (list(learn(pictures=pictures, steps=3, batch_size=2)) for _ in "ab")
+        refused(duge.errors.DivergedError, "lower lr", next, learn(pictures=broken))
     assert [s.step for s in one] == [1, 2, 3] and [s.loss for s in one] == [s.loss for s in other]
     if attack == "invert":
-        assert torch.equal(one[-1].vector, other[-1].vector)
-        assert not torch.equal(one[-1].vector, one[0].vector)
+        assert torch.equal(one[2].vector, other[2].vector) and not torch.equal(one[2].vector, one[0].vector)
 
 
-@pytest.mark.parametrize("stop", ["close", "throw"])
-def test_relearning_changes_the_denoiser_alone_until_it_is_stopped(tiny_pipe, pictures, stop):
-    with untouched(tiny_pipe) as before:
-        states = attacks.relearn_steps(tiny_pipe, pictures, steps=5, batch_size=2)
-        next(states)
-        changed = [n for n, p in tiny_pipe.unet.named_parameters() if not torch.equal(p, before[n])]
-        assert len(changed) > 50
+@pytest.mark.parametrize("stop", [GeneratorExit, KeyboardInterrupt])  # what close() throws, and a reader
+def test_relearning_learns_and_changes_the_denoiser_alone_until_it_is_stopped(tiny_pipe, pictures, stop):
+    with untouched(tiny_pipe) as before, pytest.raises(stop):
+        states = attacks.relearn_steps(tiny_pipe, pictures, steps=17, batch_size=4, lr=3e-3)
+        losses = [next(states).loss for _ in range(16)]
+        assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
+        assert sum(not torch.equal(p, before[n]) for n, p in tiny_pipe.unet.named_parameters()) > 50
         assert all(torch.equal(p, before[n]) for n, p in tiny_pipe.text_encoder.named_parameters())
-        if stop == "close":
-            states.close()
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                states.throw(KeyboardInterrupt())
-
-
-def test_relearning_learns(tiny_pipe, pictures):
-    losses = [s.loss for s in attacks.relearn_steps(tiny_pipe, pictures, steps=16, batch_size=4, lr=3e-3)]
-    assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
+        states.throw(stop)
 
 
 def stored_as(dtype, pipe):
@@ -411,7 +371,6 @@ def stored_as(dtype, pipe):
     return type(pipe)(**parts, requires_safety_checker=False)
 
 
-@pytest.mark.filterwarnings("ignore:CPU Autocast only supports")
 def test_half_precision_works_and_comes_back_exactly(tiny_pipe, pictures):
     exact = attacks.name_gain(tiny_pipe, "apple", pictures, count=8)
     pipe = stored_as(torch.bfloat16, tiny_pipe)
@@ -423,29 +382,19 @@ def test_half_precision_works_and_comes_back_exactly(tiny_pipe, pictures):
         assert attacks.name_gain(pipe, "apple", pictures, count=8).told == pytest.approx(exact.told, rel=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:CPU Autocast")
 @pytest.mark.parametrize("attack", LEARN)
 def test_float16_loses_no_gradients(tiny_pipe, pictures, monkeypatch, attack):
     """Gradients too small for 16 bits are there all the same: the loss is scaled, and they are not."""
-    pipe = stored_as(torch.float16, tiny_pipe)
-    loss, step, seen = attacks._loss, torch.optim.AdamW.step, []
+    pipe, loss, seen = stored_as(torch.float16, tiny_pipe), attacks._loss, []
     monkeypatch.setattr(attacks, "_loss", lambda *args: 1e-6 * loss(*args))
 
-    def spy(optimizer, *args):
-        seen.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]))
-        return step(optimizer, *args)
+    def step(optimizer):
+        seen.extend(p.grad.flatten() for p in optimizer.param_groups[0]["params"])
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    list(LEARN[attack](pipe, pictures, steps=1, batch_size=2))
-    (gradient,) = seen
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    list(LEARN[attack](pipe, pictures=pictures, steps=1, batch_size=2))
+    gradient = torch.cat(seen)
     assert (gradient != 0).float().mean() > 0.95 and gradient.abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("attack", LEARN)
-def test_what_is_no_number_stops_the_attack(tiny_pipe, pictures, attack):
-    broken = replace(pictures, latents=pictures.latents * math.nan)
-    with untouched(tiny_pipe), pytest.raises(DivergedError, match="lower lr"):
-        next(LEARN[attack](tiny_pipe, broken))
 
 
 @pytest.mark.slow

@@ -2,12 +2,15 @@
 
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import changed, weights
 
 import duge_lite as duge
 
@@ -18,18 +21,13 @@ ROOT = Path(__file__).parents[1]
 def bench(monkeypatch, tmp_path):
     """The scripts, as they see each other; they write elsewhere."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import common
-    import continual
-    import gpu
-    import recovery
-    import single
-
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    return {m.__name__: m for m in (common, continual, gpu, recovery, single)}
+    scripts = {n: import_module(n) for n in ("common", "continual", "gpu", "recovery", "single")}
+    monkeypatch.setattr(scripts["common"], "RESULTS", tmp_path)
+    return SimpleNamespace(**scripts)
 
 
 def test_cells_are_kept_and_read_anew_by_another_judge(bench, monkeypatch):
-    common, key, calls = bench["common"], ("ours", "apple", 0), []
+    common, key, calls = bench.common, ("ours", "apple", 0), []
 
     class Mean(common.Cells):
         def cell(self, *key: object) -> tuple[dict, np.ndarray]:
@@ -56,25 +54,20 @@ def test_cells_are_kept_and_read_anew_by_another_judge(bench, monkeypatch):
 
 
 def test_an_oracles_cells_are_drawn_anew_when_its_weights_change(bench, monkeypatch):
-    common = bench["common"]
-    cells, keys = (
-        common.Cells("x"),
-        [("ours", "apple", 0), ("oracle", "apple", 0), ("12 requests", "oracle", 0)],
-    )
-    for key in keys:
+    common, cells = bench.common, bench.common.Cells("x")
+    for key in (("ours", "apple", 0), ("oracle", "apple", 0), ("12 requests", "oracle", 0)):
         cells.add(key, {})
     monkeypatch.setattr(common, "digest", lambda *f, own=common.digest: own(*f) + ("!" if len(f) > 1 else ""))
-    assert [*cells.lines()] == keys[:1]
+    assert [*cells.lines()] == [("ours", "apple", 0)]
 
 
 @pytest.mark.slow
 def test_the_committed_tables_are_what_the_committed_cells_say(bench, tmp_path):
     for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
         shutil.copy(path, tmp_path)
-    bench["single"].Single("single").summarise()
-    bench["single"].Sweep("sweep").summarise()
-    bench["continual"].Continual("continual").summarise()
-    recovery = bench["recovery"].Recovery("recovery")
+    for script in (bench.single.Single, bench.single.Sweep, bench.continual.Continual):
+        script(script.__name__.lower()).summarise()
+    recovery = bench.recovery.Recovery("recovery")
     recovery.brought_back([c for c in recovery.read() if c["key"][3] != "elsewhere"])
     for path in tmp_path.glob("*.csv"):
         assert path.read_bytes() == (ROOT / "benchmarks" / "results" / path.name).read_bytes(), path.name
@@ -82,7 +75,7 @@ def test_the_committed_tables_are_what_the_committed_cells_say(bench, tmp_path):
 
 
 def test_no_baseline_gets_what_is_ours(bench):
-    for name, method in bench["common"].METHODS.items():
+    for name, method in bench.common.METHODS.items():
         if method.slow and method.objective is not duge.gradient.DUGE:
             assert method.config.weights[2] == method.config.revisit == 0
             assert method.config.weights[1] == (1.0 if "prior" in name or "nearest" in name else 0.0)
@@ -90,27 +83,24 @@ def test_no_baseline_gets_what_is_ours(bench):
 
 @pytest.mark.slow
 def test_every_row_forgets_two_and_is_undone(bench, tiny_pipe):
-    before = {n: p.detach().clone() for n, p in tiny_pipe.unet.named_parameters()}
+    before = weights(tiny_pipe)
     short = {"iterations": 1, "lessons": 2, "target_size": 2, "memory_size": 4, "num_inference_steps": 1}
-    for name, method in bench["common"].METHODS.items():
+    for name, method in bench.common.METHODS.items():
         if name in ("base", "oracle") or name.startswith("  ") or "prior" in name or "0.1" in name:
             continue  # nothing done, or the same with another number
         if method.config is not None:
             method = replace(method, config=replace(method.config, **short))
         runs = [method.forget(tiny_pipe, "apple", 0), method.forget(tiny_pipe, "neon", 0)]
-        now = dict(tiny_pipe.unet.named_parameters())
-        assert any(not torch.equal(now[n], before[n]) for n in before), name
+        assert changed(tiny_pipe, before), name
         for run in reversed(runs):
             run.restore()
-        assert all(torch.equal(now[n], before[n]) for n in before), name
+        assert not changed(tiny_pipe, before), name
 
 
 def test_bystanders_do_not_name_what_went(bench, tiny_pipe):
-    rows = bench["recovery"].bystanders(duge.model_card(tiny_pipe))
+    rows = bench.recovery.bystanders(duge.model_card(tiny_pipe))
     assert not rows.prompt.str.contains("apple").any() and not (rows["object"] == rows.other)[:57].any()
-    assert rows.groupby("group", sort=False).size().to_dict() == {
-        "two objects": 19, "on a background": 38, "alone": 95
-    }  # fmt: skip
+    assert rows.group.value_counts().to_dict() == {"alone": 95, "on a background": 38, "two objects": 19}
     assert rows.prompt[0] == "a photo of an orange next to a bow tie"
     assert rows.prompt[19] == "a photo of an orange on a white background"
     assert not rows.duplicated(["prompt", "seed"]).any()
@@ -118,19 +108,19 @@ def test_bystanders_do_not_name_what_went(bench, tiny_pipe):
 
 @pytest.mark.slow
 def test_every_probe_has_its_cell_and_row(bench, tiny_pipe, tiny_judge, tmp_path, monkeypatch):
-    recovery, short = bench["recovery"], {"steps": 1, "batch_size": 2}
+    recovery, short = bench.recovery, {"steps": 1, "batch_size": 2}
     for name in ("invert_steps", "search_steps"):
         own = getattr(recovery.attacks, name)
         monkeypatch.setattr(recovery.attacks, name, lambda *a, own=own, **how: own(*a, **how, **short))
     monkeypatch.setattr(recovery, "STEPS", 6)
-    for module in (recovery, bench["common"]):
+    for module in (recovery, bench.common):
         monkeypatch.setattr(module, "draw", lambda _, texts, __: np.zeros((len(texts), 64, 64, 3), np.uint8))
     monkeypatch.setattr(duge.Judge, "load", lambda *_: tiny_judge)
     monkeypatch.setattr(duge, "load_pipeline", lambda: tiny_pipe)
     monkeypatch.setattr(duge, "load_oracle", lambda pipe, _: pipe)
     monkeypatch.setattr(recovery, "TURNS", 1)
-    slow = ("relearn", "after twelve")  # forty steps
-    monkeypatch.setattr(recovery, "PROBES", [p for p in recovery.PROBES if p not in slow])
+    quick = [p for p in recovery.PROBES if p not in ("relearn", "after twelve")]  # forty steps
+    monkeypatch.setattr(recovery, "PROBES", quick)
     cells = recovery.Recovery("recovery")
     cells.run(["base", "oracle"])
     lines = cells.read()
@@ -138,15 +128,14 @@ def test_every_probe_has_its_cell_and_row(bench, tiny_pipe, tiny_judge, tmp_path
     cells.what_broke([c for c in lines if c["key"][3] == "elsewhere"])
     table, broke = (pd.read_csv(tmp_path / f"{n}.csv", index_col=0) for n in ("recovery", "bystanders"))
     assert len(table) == 14 and list(table.columns) == ["base", "oracle"] and table.notna().all(axis=None)
-    assert table.base["learned word"].endswith("n=20)")
-    assert table.base["its noise found (DDIM)"].endswith("n=10)")
+    assert list(table.base[["learned word", "its noise found (DDIM)"]].str[-5:]) == ["n=20)", "n=10)"]
     assert list(broke.index) == ["base", "oracle"] and broke["two objects"].str.endswith("n=19)").all()
     assert (tmp_path / "recovery.png").exists() and (tmp_path / "bystanders.png").exists()
 
 
 def test_bytes_are_counted_while_they_live(bench):
     before = torch.zeros(1000)  # 4000 bytes, made outside
-    with bench["gpu"].Tally() as tally:
+    with bench.gpu.Tally() as tally:
         a = torch.zeros(1000)
         view = a[:500].reshape(5, 100)
         b = a + before  # here nothing of `before` is counted

@@ -5,7 +5,6 @@ Skipped where Chromium is missing.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -16,38 +15,27 @@ import numpy as np
 import pytest
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from playwright.sync_api import TimeoutError as TooLate
 from test_viewer import noise_trace
 
 from duge_lite.attention import AttentionTrace
 from duge_lite.doodles import draw
 from duge_lite.viewer import Slides, compare
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
     pytest.mark.xdist_group("browser"),  # one browser and one server for all
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)"),
 ]
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "an apple next to an apple and an umbrella"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def page(browser):
+def page(chromium):
     """A fresh page; the test fails when a script on it does, or opens a dialog."""
-    page = browser.new_page(viewport={"width": 1100, "height": 1300})
+    page = chromium.new_page(viewport={"width": 1100, "height": 1300})
     page.set_default_timeout(300_000)  # milliseconds; a machine may be busy with other things
     faults = []
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -249,7 +237,7 @@ def run_cell(page, cells, index: int):
         page.keyboard.press("Control+Enter")
         try:
             page.wait_for_function("([e, old]) => e.innerText !== old", arg=arg, timeout=15_000)
-        except playwright.TimeoutError:
+        except TooLate:
             continue
         page.wait_for_function("([e, old]) => /\\d/.test(e.innerText)", arg=arg)
         assert "Traceback" not in cells.nth(index).inner_text(), cells.nth(index).inner_text()

@@ -8,10 +8,7 @@ from test_package import COLAB
 
 FOLDER = os.environ.get("DUGE_COLAB")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(FOLDER is None, reason="`make colab` runs it"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(FOLDER is None, reason="`make colab` runs it")]
 
 VERSIONS = ["ipywidgets", "ipython", "transformers", "diffusers", "numpy"]
 
@@ -20,9 +17,6 @@ VERSIONS = ["ipywidgets", "ipython", "transformers", "diffusers", "numpy"]
 def test_a_notebook_runs_to_its_end(number):
     paths = [FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])]
     last = f"import importlib.metadata as m; print([m.version(name) for name in {VERSIONS}])"
-    notebook = shrunk.run(number, last=last, PYTHONPATH=os.pathsep.join(paths))
-    assert "error" not in notebook.metadata, notebook.metadata.error
-    *printed, drew, versions = shrunk.printed(notebook).splitlines()
+    *_, drew, versions = shrunk.run(number, last=last, PYTHONPATH=os.pathsep.join(paths))
     assert versions == str([COLAB[name] for name in VERSIONS]), "not Colab's packages"
     assert drew.endswith("doodle")
-    assert "Traceback" not in "".join(printed) and 'role="alert"' not in str(notebook.cells)

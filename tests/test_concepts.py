@@ -1,9 +1,7 @@
 """The door: what can be asked to go, by name, in any words, or spelled out."""
 
-from dataclasses import replace
-
 import pytest
-from conftest import EXACT, MEMORY, family
+from conftest import family, forget, undone
 
 import duge_lite as duge
 from duge_lite.concepts import Concept, model_card, wishes
@@ -24,20 +22,15 @@ def open_pipe(tokenizer):
 
 def test_the_card_of_the_doodle_model(card):
     assert (card.name, card.concepts, card.styles) == ("doodle", OBJECTS, STYLES)
-    for name, others in card.related.items():
-        assert name in OBJECTS and set(others) < set(OBJECTS) - {name}
-        assert all(name in card.related[other] for other in others)
+    related = {(name, other) for name, others in card.related.items() for other in others}
+    assert set(card.related) <= set(OBJECTS) and all(a != b and (b, a) in related for a, b in related)
     for pair in ("apple/orange", "umbrella/parachute", "broccoli/tree", "car/airplane", "bow tie/sunglasses"):
-        assert pair.split("/")[1] in card.related[pair.split("/")[0]]
+        assert tuple(pair.split("/")) in related
     assert sorted(card.order) == sorted(OBJECTS) and card.order[:2] == ("apple", "broccoli")
     assert card.plain == {c: captions.prompt(c) for c in OBJECTS}
     assert card.labels == {c: (c,) for c in OBJECTS + STYLES}
     assert not card.settings and not card.open_words
-    assert card.prompts("apple")[:3] == [
-        "a photo of an apple",
-        "a sketch of an apple",
-        "a neon sign of an apple",
-    ]
+    assert card.prompts("apple")[:3] == [f"a {way} of an apple" for way in ("photo", "sketch", "neon sign")]
 
 
 def test_the_card_of_another_stable_diffusion(open_pipe):
@@ -51,8 +44,7 @@ def test_the_card_of_another_stable_diffusion(open_pipe):
     assert card.prompts("neon")[1] == "a neon sign of broccoli" and card.nameless("harp")[2] == "a neon sign"
     (ways,) = card.paraphrases("corgi").values()  # phrasings: nobody taught it synonyms
     assert "a corgi, neon sign" in ways
-    for name, others in card.related.items():
-        assert {name, *others} <= set(card.concepts)
+    assert {*card.related, *sum(card.related.values(), ())} <= set(card.concepts)
     assert card.order[0] == "apple" and card.order[-1] == "English springer" and len(card.order) == 15
     known = set(card.concepts) - {"Eiffel Tower", "girl", "fruit"}  # ImageNet has none of these, nor styles
     assert set(card.judged) == set(card.labels) == known
@@ -68,12 +60,14 @@ def test_a_name_of_the_card(card):
     assert card.concept(apple) is apple == card.concept("Apple")
     pairs = dict(zip(neon.prompts, neon.instead, strict=True))
     assert pairs["a neon sign of a car"] == "a photo of a car" and pairs["a neon sign"] == "a photo"
+    nameless, house = (card.concept("apple", instead) for instead in ("nameless", "house"))
+    at = apple.prompts.index("a sketch of an apple")
+    assert (nameless.instead[at], house.instead[at]) == ("a sketch", "a sketch of a house")
 
 
-@pytest.mark.parametrize(
-    ("word", "hint"), [("brocoli", "Did you mean 'broccoli'"), ("Van Gogh", ""), ("", ""), ("photo", "")]
-)
-def test_a_word_that_the_doodle_model_never_read(tiny_pipe, word, hint):
+@pytest.mark.parametrize("word", ["brocoli", "Van Gogh", "", "photo"])
+def test_a_word_that_the_doodle_model_never_read(tiny_pipe, word):
+    hint = "Did you mean 'broccoli'" if word == "brocoli" else ""
     with pytest.raises(UnknownConceptError, match=f"is no concept.*{hint}.*Choose one of: apple, orange"):
         duge.unlearn(tiny_pipe, word)
 
@@ -88,30 +82,13 @@ def test_free_words_where_any_word_is_read(open_pipe):
         duge.unlearn(open_pipe, ["Van Gogh", "van gogh"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prompts": []}, "'dog' has no prompts"),
-        ({"prompts": "my dog"}, "prompts = 'my dog' of 'dog': expected a list"),
-        ({"instead": "a cat"}, "instead = 'a cat'"),
-        ({"instead": ["a", "b"]}, "'dog' has 1 prompts and 2 to ask instead: expected one each"),
-    ],
-)
-def test_a_concept_that_is_none_teaches(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Concept(**({"name": "dog", "prompts": ["a dog"]} | changes))
-
-
-@pytest.mark.parametrize(
-    ("name", "prompt", "named"),
-    [
-        ("apple", "a photo of an Apple next to a car", True),
-        ("apple", "a photo of a pineapple", False),
-        ("gas pump", "the gas pumps", False),
-        ("C++", "code in C++ on a screen", True),
-        ("dog", "his best friend", True),  # one of its prompts
-    ],
-)
+@pytest.mark.parametrize(("name", "prompt", "named"), [
+    ("apple", "a photo of an Apple next to a car", True),
+    ("apple", "a photo of a pineapple", False),
+    ("gas pump", "the gas pumps", False),
+    ("C++", "code in C++ on a screen", True),
+    ("dog", "his best friend", True),  # one of its prompts
+])  # fmt: skip
 def test_named_in(name, prompt, named):
     assert Concept(name, ["his best friend"]).named_in(prompt) is named
 
@@ -124,35 +101,28 @@ def test_wishes_lead_to_what_stays_whatever_the_order():
     assert set(ends) == {"an apple", "a neon apple", "a neon pear"} and set(ends.values()) == {"a pear"}
 
 
-def test_no_circles(tiny_pipe):
-    one, two = Concept("one", ["a"], ["b"]), Concept("two", ["b"], ["a"])
-    with pytest.raises(ValueError, match="is to go itself: ask for something that stays"):
-        wishes([one, two], lambda c: c.instead)
-    with pytest.raises(ValueError, match="is to go itself"):
-        duge.unlearn(tiny_pipe, ["star", "apple"], EXACT, MEMORY, progress=False)  # EXACT asks for a star
+CIRCLE = [Concept("one", ["a"], ["b"]), Concept("two", ["b"], ["a"])]
 
 
-@pytest.mark.parametrize(
-    ("instead", "expected"), [("nameless", "a sketch"), ("house", "a sketch of a house"), ("nearest", None)]
-)
-def test_what_is_asked_instead(tiny_pipe, card, instead, expected):
-    config = replace(EXACT, instead=instead)
-    book, _ = duge.solver.PictureBook.of(tiny_pipe, card, config, MEMORY)
-    ends, _ = book.wishes(tiny_pipe, [card.concept("apple", instead)])
-    near = card.prompt(book.ranking(tiny_pipe, card.concept("apple")).index[0], "sketch")
-    assert ends["a sketch of an apple"] == (expected or near)
-
-
-@pytest.mark.parametrize(("instead", "told"), [("pear", "'pear'"), ("sketch", "'sketch' is a style")])
-def test_what_is_asked_instead_has_to_be_a_known_object(tiny_pipe, instead, told):
-    with pytest.raises(ValueError, match=told):
-        duge.unlearn(tiny_pipe, "apple", replace(EXACT, instead=instead), MEMORY, progress=False)
+@pytest.mark.parametrize(("call", "told"), [
+    (lambda _: Concept("dog", []), "'dog' has no prompts"),
+    (lambda _: Concept("dog", "my dog"), "prompts = 'my dog' of 'dog': expected a list"),
+    (lambda _: Concept("dog", ["a dog"], "a cat"), "instead = 'a cat'"),
+    (lambda _: Concept("dog", ["a dog"], ["a", "b"]), "'dog' has 1 prompts and 2 to .* expected one each"),
+    (lambda _: wishes(CIRCLE, lambda c: c.instead), "is to go itself: ask for something that stays"),
+    (lambda pipe: forget(pipe, ["star", "apple"], instead="star"), "is to go itself"),
+    (lambda pipe: forget(pipe, "apple", instead="pear"), "'pear'"),
+    (lambda pipe: forget(pipe, "apple", instead="sketch"), "'sketch' is a style"),
+])  # fmt: skip
+def test_what_is_no_concept_or_cannot_be_asked_instead_teaches(tiny_pipe, call, told):
+    with undone(tiny_pipe, ValueError, told):
+        call(tiny_pipe)
 
 
 @pytest.mark.parametrize("instead", ["nearest", "nameless", "star"])
 def test_a_concept_spelled_out_needs_no_instead(tiny_pipe, instead):
     mine = Concept("apple", ["a photo of an apple", "a photo of an apple next to a car"])
-    history = duge.unlearn(tiny_pipe, mine, replace(EXACT, instead=instead), MEMORY, progress=False).history
+    history = forget(tiny_pipe, mine, instead=instead).history
     assert (history["attention after"] < history["attention before"]).all()
 
 

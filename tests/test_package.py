@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as canonical
 
 import duge_lite
 from duge_lite.__main__ import main
@@ -35,44 +36,37 @@ EXPLORABLES = sorted((ROOT / "docs/explorables").glob("*.html"))
 # Pins
 
 
-def canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def read_pins(file: str) -> dict[str, str]:
+def pins(file: str) -> list[str]:
     lines = (ROOT / file).read_text("utf-8").splitlines()
-    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {canonical(name): version for name, version in pins}
+    return [line for line in lines if line and not line.startswith("#")]
 
 
-PINS = read_pins("constraints.txt")
-COLAB = {"torch": "2.11.0", **read_pins("constraints-colab.txt")}  # its image of 2026-08
+def versions(file: str) -> dict[str, str]:
+    return {canonical(name): version for name, version in (line.split("==") for line in pins(file))}
 
 
-def test_constraints_are_plain_exact_pins():
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
+PINS = versions("constraints.txt")
+COLAB = {"torch": "2.11.0", **versions("constraints-colab.txt")}  # its image of 2026-08
+
+
+def test_constraints_are_plain_exact_pins_within_the_stated_ranges():
     # No urls, paths or local builds ("+cpu"): those exist on one machine only.
-    assert [p for p in pins if not re.fullmatch(r"[\w.-]+==[\w.!]+", p)] == []
-    assert len(PINS) == len(pins), "a package is pinned twice"
-
-
-@pytest.mark.parametrize("line", PROJECT["dependencies"] + sum(EXTRAS.values(), []))
-def test_dependency_is_pinned_within_its_range(line):
-    requirement = Requirement(line)
-    name = canonical(requirement.name)
-    assert requirement.specifier.contains(PINS[name])
-    if line in PROJECT["dependencies"]:  # installing on Colab must upgrade nothing
-        assert requirement.specifier.contains(COLAB.get(name, PINS[name]))
+    lines = pins("constraints.txt")
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.!]+", line)] == []
+    assert len(PINS) == len(lines), "a package is pinned twice"
+    for line in PROJECT["dependencies"] + sum(EXTRAS.values(), []):
+        asked, name = Requirement(line).specifier, canonical(Requirement(line).name)
+        assert asked.contains(PINS[name]), line
+        if line in PROJECT["dependencies"]:  # installing on Colab must upgrade nothing
+            assert asked.contains(COLAB.get(name, PINS[name])), line
 
 
 def test_what_is_imported_is_a_dependency():
     ours = sys.stdlib_module_names | {"duge_lite", "IPython", "PIL"}
     text = "\n".join(p.read_text("utf-8") for p in LIBRARY.rglob("*.py"))
     imported = set(re.findall(r"^(?:from|import) ([A-Za-z_]\w*)", text, re.M)) - ours
-    assert {canonical(name) for name in imported} <= {
-        canonical(Requirement(line).name) for line in PROJECT["dependencies"]
-    }
+    stated = {canonical(Requirement(line).name) for line in PROJECT["dependencies"]}
+    assert {canonical(name) for name in imported} <= stated
     assert PROJECT["version"] == duge_lite.__version__
 
 
@@ -105,25 +99,19 @@ def code_cells(path: Path) -> list:
 
 def output_text(output) -> str:
     """What a reader sees of an output, and the text inside it; pictures left out."""
-    if output.output_type == "stream":
-        return output.text
-    data = output.get("data", {})
-    return "\n".join(str(value) for mime, value in data.items() if mime != "image/png")
+    shown = output.get("data", {"text/plain": output.get("text", "")})  # a stream has no data but a text
+    return "\n".join(str(value) for mime, value in shown.items() if mime != "image/png")
 
 
 @each_notebook
-def test_notebook_is_executed_in_order_and_without_error(path):
+def test_notebook_is_executed_in_order_without_error_and_its_outputs_name_no_machine(path):
     cells = code_cells(path)
     outputs = [output for cell in cells for output in cell.outputs]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make notebooks`"
     assert [output.evalue for output in outputs if output.output_type == "error"] == []
     assert [output for output in outputs if "widget-view" in str(output)] == [], "run `make notebooks`"
     assert "widgets" not in read(path).metadata
-
-
-@each_notebook
-def test_notebook_outputs_name_no_machine(path):
-    for text in (output_text(output) for cell in code_cells(path) for output in cell.outputs):
+    for text in map(output_text, outputs):
         found = MACHINE_PATH.search(text)
         assert not found, text[max(found.start() - 40, 0) : found.end() + 40]
         assert str(ROOT) not in text
@@ -141,21 +129,17 @@ def test_setup_cells_are_stamped(path):
     stamped = badges.stamp(copy.deepcopy(committed), badges.repository(), path.name)
     assert committed == stamped, "run `make badges`"
     there = badges.stamp(copy.deepcopy(committed), f"{address}.git", path.name)
-    sources = [cell.source for cell in there.cells]
-    assert (
-        f"(https://colab.research.google.com/github/ada/duge-lite/blob/main/notebooks/{path.name})"
-        in sources[1]
-    )
-    assert f"%pip install -q --no-deps git+{address}.git" in sources[2].split("\n    ")[1]
+    _, text, code, *_ = (cell.source for cell in there.cells)
+    link = f"https://colab.research.google.com/github/ada/duge-lite/blob/main/notebooks/{path.name}"
+    assert f"({link})" in text and f"%pip install -q --no-deps git+{address}.git" in code.split("\n    ")[1]
     assert badges.stamp(there, badges.repository(), path.name) == committed, "and back again"
 
 
 @each_notebook
 def test_notebook_keeps_the_conventions(path):
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
-    assert (
-        len(read(path).cells) <= 45 and text.startswith(f"# {path.stem[:2]} · ") and "**New words**" in text
-    )
+    assert text.startswith(f"# {path.stem[:2]} · ") and "**New words**" in text
+    assert len(read(path).cells) <= 45
     for code in (cell.source for cell in code_cells(path)):
         assert len([line for line in code.splitlines() if line.strip()]) <= 20, code
         assert not re.search(r"^\s*assert ", code, re.M), "a reader changes a seed"
@@ -171,12 +155,10 @@ def test_notebook_keeps_the_conventions(path):
 # Sizes, and what an installed package carries
 
 
-@pytest.mark.parametrize(
-    ("files", "most"),
-    [(NOTEBOOKS, 8_000_000), (WEIGHTS, 40_000_000), *(([p], 1_500_000) for p in EXPLORABLES)],
-)
-def test_what_is_committed_stays_small(files, most):
-    assert 0 < sum(path.stat().st_size for path in files) <= most
+def test_what_is_committed_stays_small():
+    limits = [(NOTEBOOKS, 8_000_000), (WEIGHTS, 40_000_000), *(([p], 1_500_000) for p in EXPLORABLES)]
+    for files, most in limits:
+        assert 0 < sum(path.stat().st_size for path in files) <= most, files
 
 
 @pytest.mark.slow
@@ -213,33 +195,27 @@ SHOWN = {  # which columns of an experiment's table the README shows
 
 @pytest.mark.parametrize("file", ["continual", "single", "recovery"])
 def test_the_readme_says_what_the_experiments_printed(file):
-    results = pd.read_csv(ROOT / "benchmarks" / "results" / f"{file}.csv", index_col=0)
-    if file != "recovery":
-        results = results.reset_index()
-        results.index = results.row if file == "single" else results.world + ": " + results.row
-    rows = results[SHOWN.get(file, list(results))]
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / f"{file}.csv").rename(columns={"Unnamed: 0": "row"})
+    names = table.world + ": " + table.row if file == "continual" else table.row
+    rows = table[SHOWN[file]] if file in SHOWN else table.drop(columns="row")
     shown = rows.map(lambda x: f"{float(str(x).split(' ')[0]):.2f}".replace("nan", "–"))
     if file == "single":
         shown["cells"] = rows.cells.astype(str)
-    printed = {f"| {name} | {' | '.join(row)} |" for name, row in zip(rows.index, shown.values, strict=True)}
+    printed = {f"| {name} | {' | '.join(row)} |" for name, row in zip(names, shown.values, strict=True)}
     told = printed & set(README.splitlines())
     assert len(told) >= (8 if file == "recovery" else len(printed) - 1), printed - told  # not the base
 
 
 # The house: what the README draws is what is imported, and it leads down only
 
-ROOMS = [
-    name
-    for row in re.findall(r"^\| (`duge_lite\..*?) \|", README, re.M)
-    for name in re.findall(r"\.(\w+)`", row)
-]
+ROOMS = re.findall(r"\.(\w+)`", "".join(re.findall(r"^\| (`duge_lite\..*?) \|", README, re.M)))
 
 
-def imported(module: str) -> set[str]:
-    """Which of our modules a file asks for, inside functions too."""
+def imported(module: str, level: int = 1) -> set[str]:
+    """Which of our modules a file asks for, ``level`` dots away, inside functions too."""
     tree, found = ast.parse((LIBRARY / f"{module}.py").read_text("utf-8")), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+        if isinstance(node, ast.ImportFrom) and node.level == level:
             found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
     return found
 
@@ -250,12 +226,8 @@ def test_every_room_is_on_the_plan_and_asks_only_rooms_below_it():
     for module in files:
         above = imported(module) - set(ROOMS[ROOMS.index(module) + 1 :])
         assert not above, f"{module} asks {above}, which the README's plan draws above it"
-
-
-def test_the_world_of_doodles_asks_for_no_more_than_errors():
     for module in ("captions", "draw", "negatives", "unseen", "__init__"):  # train is a program
-        text = (LIBRARY / "doodles" / f"{module}.py").read_text("utf-8")
-        assert set(re.findall(r"^\s*from \.\.(\w*)", text, re.M)) <= {"errors"}
+        assert imported(f"doodles/{module}", 2) <= {"errors"}, module
 
 
 def test_a_request_travels_as_the_readme_draws_it():

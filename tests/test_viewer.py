@@ -5,6 +5,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ DOODLE_LAYERS |= {f"up_blocks.{i}.attentions.{j}": 8 << i for i in range(2) for 
 DIFFUSION_LAYERS = {f"down_blocks.{i}.attentions.{j}": 64 >> i for i in range(3) for j in range(2)}
 DIFFUSION_LAYERS |= {"mid_block.attentions.0": 8}
 DIFFUSION_LAYERS |= {f"up_blocks.{i}.attentions.{j}": 8 << i for i in range(1, 4) for j in range(3)}
+ROOT = Path(__file__).parents[1]
 NASTY = """</script><script>alert(1)</script> "quoted" '&amp;' <img src=x onerror=alert(2)> \u2028 é"""
 
 
@@ -153,4 +155,6 @@ def test_slides_have_a_state_for_each_choice():
 
 def test_an_explorable_can_be_shown():
     refused(ValueError, "expected one of .*prior", explorable, "nothing")
-    assert explorable("prior").data.startswith("<div data-duge-slides=")
+    script = (ROOT / "duge_lite/slides.js").read_text("utf-8")  # all hold the one of today
+    for page in (explorable(path.stem).data for path in ROOT.glob("docs/explorables/*.html")):
+        assert page.startswith("<div data-duge-slides=") and script in page
