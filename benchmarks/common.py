@@ -25,6 +25,7 @@ from duge_lite.gradient import DUGE, Objective
 RESULTS = Path(__file__).parent / "results"
 STEPS, BASE, ORACLE = 10, "base", "oracle"
 OURS, GRADIENT = "ours (DUGE's losses, solved)", "DUGE's losses, by gradient"
+SILENCE = "ours (DUGE's losses, silence too)"
 QUICK = (OURS, "UCE", "UCE, styled")  # that take seconds: timed in turns, and asked for most of the objects
 
 
@@ -51,10 +52,10 @@ LEARNED = duge.UnlearnConfig(solver="gradient", instead="nameless", eta=0.5)
 ESD, PLAIN_ESD = baselines.esd()
 METHODS = {  # ours, and each baseline as published and in a small sweep of its settings
     OURS: Method(DUGE, duge.UnlearnConfig()),
+    SILENCE: Method(DUGE, duge.UnlearnConfig(lambda_silence=1.0)),
     "solved, values": Method(DUGE, duge.UnlearnConfig(solve="values", eta=0.0)),
     "solved, nameless": Method(DUGE, duge.UnlearnConfig(instead="nameless", eta=0.5)),
     "solved, star": Method(DUGE, duge.UnlearnConfig(instead="star")),
-    "solved, silence too": Method(DUGE, duge.UnlearnConfig(lambda_silence=1.0)),
     GRADIENT: Method(DUGE, LEARNED),
     "  without attention": Method(DUGE, replace(LEARNED, lambda_attention=0.0)),
     "  without prior": Method(DUGE, replace(LEARNED, lambda_prior=0.0)),

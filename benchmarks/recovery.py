@@ -22,7 +22,9 @@ from itertools import cycle, islice, product
 import numpy as np
 import pandas as pd
 import torch
-from common import BASE, GRADIENT, METHODS, ORACLE, OURS, STEPS, Cells, arguments, draw, interval, look, timed
+from common import BASE, GRADIENT, METHODS, ORACLE, OURS, SILENCE, STEPS, Cells, arguments, draw, interval
+
+from common import look, timed  # isort: skip
 from continual import TWELVE, forget_all
 
 import duge_lite as duge
@@ -31,7 +33,7 @@ from duge_lite.doodles import BACKGROUNDS, captions
 from duge_lite.evaluation import wilson_interval
 from duge_lite.models import Pictures
 
-ROWS = [BASE, OURS, "solved, silence too", GRADIENT, "UCE", "UCE, styled, ridge 0.01", "ESD-x", ORACLE]
+ROWS = [BASE, OURS, SILENCE, GRADIENT, "UCE", "UCE, styled, ridge 0.01", "ESD-x", ORACLE]
 ROWS += ["concept ablation, nearest"]
 TARGET, TURNS, COUNT, GROUNDS = "apple", 2, 10, list(BACKGROUNDS)  # COUNT: pictures of most probes, a turn
 GAIN = "classifier: gain of the name"

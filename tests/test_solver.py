@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 import duge_lite as duge
 from duge_lite import losses, model_card
+from duge_lite.models import encode_prompts
 from duge_lite.solver import PictureBook, Sums, heard, solve_matrix, solved_matrix
 
 # The maths
@@ -287,3 +288,21 @@ def test_the_book_goes_with_its_pipeline(fresh):
     del pipe
     gc.collect()
     assert book() is None
+
+
+def test_silence_takes_the_step_of_the_name_where_nothing_is_said(tiny_pipe):
+    off = {}
+    for weight in (0.0, 1.0):
+        run = forget(tiny_pipe, lambda_silence=weight)
+        book, now = PictureBook.known(tiny_pipe), dict(tiny_pipe.unet.named_parameters())
+        ends, _ = book.wishes(tiny_pipe, run.concepts)
+        texts = [
+            encode_prompts(tiny_pipe, part) for part in (list(ends), list(ends.values()), [""] * len(ends))
+        ]
+        for name, attn in book.layers.items():
+            own, other, untold = (heard(attn, book._rows(name, list(ends)), text, "output") for text in texts)
+            matrix = f"{name}.to_out.0.weight"
+            wrote, wanted = untold @ now[matrix].T, (untold + other - own) @ book.reference[matrix].T
+            off[weight] = off.get(weight, 0) + float((wrote - wanted).square().mean())
+        run.restore()
+    assert off[1.0] < off[0.0] / 2
