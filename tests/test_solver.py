@@ -303,6 +303,6 @@ def test_silence_takes_the_step_of_the_name_where_nothing_is_said(tiny_pipe):
             own, other, untold = (heard(attn, book._rows(name, list(ends)), text, "output") for text in texts)
             matrix = f"{name}.to_out.0.weight"
             wrote, wanted = untold @ now[matrix].T, (untold + other - own) @ book.reference[matrix].T
-            off[weight] = off.get(weight, 0) + float((wrote - wanted).square().mean())
+            off[weight] = off.get(weight, 0) + float((wrote - wanted).detach().square().mean())
         run.restore()
     assert off[1.0] < off[0.0] / 2
