@@ -169,10 +169,8 @@ def shares(lines: list[dict]) -> dict[str, dict[str, object]]:
 class Sweep(Single):
     """The exact solver's default, and every setting changed alone; a fresh pipeline each."""
 
-    methods = {f"{k} {v:g}": {k: v} for k, values in SETTINGS.items() for v in values}
-    methods = {
-        n: Method(config=duge.UnlearnConfig(**change)) for n, change in {"default": {}, **methods}.items()
-    }
+    changes = {"default": {}} | {f"{k} {v:g}": {k: v} for k, values in SETTINGS.items() for v in values}
+    methods = {name: Method(config=duge.UnlearnConfig(**change)) for name, change in changes.items()}
 
     def run(self, _: Sequence[str]) -> None:
         for target, name in product(TARGETS[:2], self.methods):

@@ -287,6 +287,8 @@ class UnlearnConfig:
                     raise ValueError(f"{name} = {value!r}: expected {expected}")
         if self.lessons < self.target_size:  # some pictures would never be learned from
             raise ValueError(f"lessons = {self.lessons}: expected at least target_size, {self.target_size}")
+        if self.lambda_silence and self.solver != "exact":
+            raise ValueError(f"lambda_silence = {self.lambda_silence}: expected 0, or the exact solver")
 
     @property
     def weights(self) -> tuple[float, float, float]:

@@ -141,7 +141,7 @@ def test_notebook_keeps_the_conventions(path):
     assert text.startswith(f"# {path.stem[:2]} · ") and "**New words**" in text
     assert len(read(path).cells) <= 45
     for code in (cell.source for cell in code_cells(path)):
-        assert len([line for line in code.splitlines() if line.strip()]) <= 20, code
+        assert len([line for line in code.splitlines() if line.strip()]) <= 15, code
         assert not re.search(r"^\s*assert ", code, re.M), "a reader changes a seed"
     hints, solutions = text.count("<summary>Hint "), text.count("<summary>Solution</summary>")
     assert text.count("<details>") == text.count("</details>") and "<details open" not in text

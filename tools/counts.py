@@ -67,11 +67,11 @@ AIMS = {
 }
 BOUNDS = {
     "library, files": 16,
-    "library, lines": 4_730,
+    "library, lines": 4_640,
     "library, lines of code": 3_000,
     "viewer, JS and CSS": 434,
-    "tests, lines": 7_340,
-    "tests, lines of code": 5_560,
+    "tests, lines": 6_290,
+    "tests, lines of code": 4_680,
     "benchmarks, lines": 900,
 }
 """What is there now; whoever makes something smaller lowers its bound."""
