@@ -93,14 +93,15 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", percent: str = "
 
 
 def _looks(names: Names) -> dict[str, dict]:
-    """A look for each name. "oracle, other pictures" is the oracle's, open and dotted: a control."""
+    """A look for each name. Beside "oracle", "oracle, other pictures" is open and dotted: a control."""
+    first = {n.split(",")[0]: n for n in sorted(names, key=lambda n: "," in n)[::-1]}.values()
     heads = list(dict.fromkeys(name.split(",")[0] for name in names))
     rest = iter([k for k in range(len(LOOKS)) if k not in {OWN.get(h) for h in heads}])
     try:
         mine = {h: LOOKS[OWN[h] if h in OWN else next(rest)] for h in heads}
     except StopIteration:
         raise ValueError(f"{len(heads)} names ({', '.join(heads)}): expected at most {len(LOOKS)}") from None
-    return {n: mine[n.split(",")[0]] | ({"ls": ":", "mfc": "white"} if "," in n else {}) for n in names}
+    return {n: mine[n.split(",")[0]] | ({} if n in first else {"ls": ":", "mfc": "white"}) for n in names}
 
 
 def _lines(
