@@ -353,6 +353,7 @@ def test_learning_is_repeatable_and_leaves_all_as_it_was(tiny_pipe, pictures, at
         assert torch.equal(one[2].vector, other[2].vector) and not torch.equal(one[2].vector, one[0].vector)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [GeneratorExit, KeyboardInterrupt])  # what close() throws, and a reader
 def test_relearning_learns_and_changes_the_denoiser_alone_until_it_is_stopped(tiny_pipe, pictures, stop):
     with untouched(tiny_pipe) as before, pytest.raises(stop):

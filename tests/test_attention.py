@@ -271,6 +271,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_of_the_pipeline(pipes, setting):
     """The picture is the one that this setting gives, and processors stay; maps are the layers'."""
@@ -314,6 +315,7 @@ def test_a_unet_without_cross_attention():
     refused(NoCrossAttentionError, "UNet2DModel has no cross-attention", recorded, unet)
 
 
+@pytest.mark.slow
 def test_fifty_steps_at_512_pixels_fit_in_250_megabytes():
     """The geometry of Stable Diffusion 1.x (16 layers, 64x64 to 8x8, 77 tokens) on thin channels."""
     pipe, thin = make("sd1"), dict(block_out_channels=(8,) * 4, norm_num_groups=8, attention_head_dim=2)
@@ -330,6 +332,7 @@ def test_fifty_steps_at_512_pixels_fit_in_250_megabytes():
 # ---- gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("kind", "match"), [("sd1", "probs"), ("sdxl", "probs"), ("sdxl", "outputs")])
 def test_gradients_flow_through_what_is_recorded(kind, match, checkpointing):

@@ -31,6 +31,7 @@ def test_a_lesson_changes_the_denoiser_and_leaves_it_ready_for_use(tiny_pipe, dr
     assert {(p.grad, p.dtype) for p in tiny_pipe.unet.parameters()} == {(None, torch.float32)}
 
 
+@pytest.mark.slow
 def test_a_judge_learns_one_more_label_and_says_of_the_rest_what_it_said():
     judge, (shown, _) = duge.Judge.load("doodle"), teach.drawings("cup", teach.cup, 60)
     wise = teach.teach_judge(judge, "cup", shown, teach.not_it(30))
@@ -58,6 +59,7 @@ def test_the_budget_of_prompts_and_the_examiners_phrasings_are_kept():
     refused(ValueError, known, check, duge.Concept("cup", ["a painting of a cup"]))
 
 
+@pytest.mark.slow
 def test_the_examiner_scores_and_puts_the_weights_back(tiny_pipe, drawn, monkeypatch):
     monkeypatch.setattr(score, "STEPS", 1)
     monkeypatch.setattr(score, "stays_gone", lambda *args: 0.5)

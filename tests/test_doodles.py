@@ -237,6 +237,7 @@ def test_held_out_phrasings_are_never_trained():
 # The world that training sees
 
 
+@pytest.mark.slow
 def test_world_is_drawn_picture_by_picture(world):
     assert world.images.shape == (400, 64, 64, 3) and world.images.dtype == np.uint8
     images, scenes, captions = _render((7, 250, 252))  # another job draws the same picture 250
@@ -246,6 +247,7 @@ def test_world_is_drawn_picture_by_picture(world):
     assert {len(c) for c in world.captions} == {train.CAPTIONS_PER_IMAGE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("concept", ["apple", "bow tie", "neon"])
 def test_a_world_without_a_concept(world, concept):
     kept = [i for i, s in enumerate(world.scenes) if concept not in (*s.objects, s.style)]

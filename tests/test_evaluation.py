@@ -271,6 +271,7 @@ def test_the_judge_knows_that_nothing_is_there(judge):
     assert not any(judge.sees(nothing, name).any() for name in OBJECTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNSEEN)
 def test_the_judge_takes_nothing_for_nothing(judge, kind):
     """Kinds of pictures that training never saw; the data card holds the numbers of more of them."""

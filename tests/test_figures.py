@@ -59,6 +59,7 @@ def test_a_plot_shows_itself_with_alternative_text_and_few_colours():
     assert len(few) < 0.8 * len(full) and small.shape == large.shape and np.abs(small - large).mean() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["$5 and $6", r"an $\apple$", "$", r"$\frac{$"])
 def test_a_dollar_is_a_dollar(noise, title):
     """In titles, labels, and what drawing itself writes; mathematics would fail, or swallow the signs."""

@@ -86,12 +86,13 @@ def test_what_was_interrupted_goes_on_to_the_same_weights(fresh, tmp_path, kind,
 @pytest.mark.slow
 def test_the_stop_button_takes_back_the_unfinished_request(tiny_pipe, tmp_path):
     forget(tiny_pipe, ["apple"], GRADIENT, tmp_path)
-    stopped = interrupted(tiny_pipe, KeyboardInterrupt, 6)
-    with undone(tiny_pipe, KeyboardInterrupt, r"stopped in request 2 \(car\)"), stopped:
+    told = r"stopped in request 2 \(car\)"
+    with undone(tiny_pipe, KeyboardInterrupt, told), interrupted(tiny_pipe, KeyboardInterrupt, 6):
         forget(tiny_pipe, config=GRADIENT, directory=tmp_path)
     assert steps(tmp_path) == ["step_01_apple"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "middle"), [("memory", "house"), ("disk", "car")])
 def test_a_request_that_is_withdrawn_was_never_made(tiny_pipe, fresh, tmp_path, where, middle):
     folder = tmp_path / "a" if where == "disk" else None
@@ -111,6 +112,7 @@ def widened(pipe):
     pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, "cross_attention_dim": 64})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "message"), [
     ({"config": replace(EXACT, eta=0.5)}, r"another eta \(1.0, now 0.5\)"),
     ({"config": replace(EXACT, instead="house")}, "another instead"),

@@ -28,6 +28,7 @@ def pipe(hub, monkeypatch):
     return duge.load_pipeline(DEFAULT_REAL_MODEL, device="cpu")
 
 
+@pytest.mark.slow
 def test_everything_that_the_card_names_comes_from_the_hub(pipe):
     card = duge.model_card(pipe)
     assert card.name == "stable-diffusion" and pipe.unet.config.cross_attention_dim == 768

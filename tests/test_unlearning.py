@@ -205,6 +205,7 @@ KINDS = [RuntimeError, SystemExit, asyncio.CancelledError, GeneratorExit]
 IN_THE_LOOP = [(2, torch.float32), (10, torch.float32), (10, torch.bfloat16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "when", "dtype", "kind"), [
     *((EXACT, when, torch.float32, kind) for when in (1, 2) for kind in (*KINDS, KeyboardInterrupt)),
     *((GRADIENT, *moment, kind) for moment in IN_THE_LOOP for kind in KINDS),
@@ -250,6 +251,7 @@ def test_an_interruption_after_the_weights_were_written(tiny_pipe, config, monke
         forget(tiny_pipe, config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_suspended_loop_overwrites_nothing_when_it_is_closed(tiny_master, dtype):
     pipe = copy_of(tiny_master, dtype)
@@ -308,6 +310,7 @@ def test_a_run_is_saved_and_loaded(tiny_pipe, fresh, config, tmp_path):
         UnlearningRun.load(tmp_path, tiny_pipe)
 
 
+@pytest.mark.slow
 def test_a_loaded_run_remembers_what_went_before(tiny_pipe, fresh, tmp_path):
     forget(tiny_pipe)
     forget(tiny_pipe, "car").save(tmp_path / "both")
@@ -338,6 +341,7 @@ def damage(folder, how: str) -> None:
 DAMAGES = "one tensor|cut|empty history|no json|nan|another model|a field too many|a field too few"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DAMAGES.split("|"))
 def test_a_damaged_run_changes_nothing(tiny_pipe, how, tmp_path):
     run = forget(tiny_pipe)

@@ -45,6 +45,7 @@ def studio(tiny_pipe, tiny_judge, monkeypatch):
     return widgets.unlearning_studio(tiny_pipe, SMALL, judge=tiny_judge)
 
 
+@pytest.mark.slow
 def test_choosing_a_concept_forgets_it_and_undo_brings_it_back(studio, tiny_pipe, tiny_master):
     base, twin = weights(tiny_pipe), with_own_unet(tiny_master)
     concept, eta = studio.controls["concept"], studio.controls["eta"]
@@ -121,6 +122,7 @@ def test_around_a_concept_stands_what_resembles_it(tiny_master, monkeypatch):
     assert around[style][1][0][:3] == card.prompts(style)[:3], "a style on different objects"
 
 
+@pytest.mark.slow
 def test_before_and_after_is_the_twin_without_a_kernel(tiny_pipe):
     base = weights(tiny_pipe)
     figure, run = widgets.before_and_after(tiny_pipe, "car", SMALL)
