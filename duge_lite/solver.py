@@ -319,7 +319,7 @@ class PictureBook:
         lambda_attention, lambda_prior, ridge = config.weights
         lambda_attention *= len(ends) / (len(ends) + len(keep))
         lambda_prior *= len(keep) / (len(ends) + len(keep))
-        prompts = list(ends), list(ends.values()), keep, [""] * len(ends)
+        prompts = list(ends), list(ends.values()), keep, [""]
         asked, instead, stay, empty = (encode_prompts(pipe, part).to(pipe.unet.device) for part in prompts)
         weights, rows = dict(self.reference), {}
         matrix = "to_v" if config.solve == "values" else "to_out.0"

@@ -31,13 +31,6 @@ def miniature_world(cls, count: int, seed: int) -> World:
     return World(images, tuple(scenes), tuple(map(tuple, captions)))
 
 
-@pytest.fixture(autouse=True)
-def drawn_here(request, monkeypatch):
-    """Worlds are drawn in this process, which is quicker; the pool of processes has a test of its own."""
-    if "cached" not in request.function.__name__:
-        monkeypatch.setattr(World, "draw", classmethod(miniature_world))
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path, list[str]]:
     """(models, checkpoints, names of the stages) of one undisturbed run, its world drawn in this process."""

@@ -70,8 +70,8 @@ BOUNDS = {
     "library, lines": 4_640,
     "library, lines of code": 3_000,
     "viewer, JS and CSS": 434,
-    "tests, lines": 6_320,
-    "tests, lines of code": 4_710,
+    "tests, lines": 6_315,
+    "tests, lines of code": 4_700,
     "benchmarks, lines": 900,
 }
 """What is there now; whoever makes something smaller lowers its bound."""
